@@ -1,0 +1,1 @@
+"""What results mean: frames, metrics, comparison, plots, reports."""

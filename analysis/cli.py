@@ -1,0 +1,117 @@
+"""``moetwin compare``: two result folders in, a table on the terminal and a page on the disk out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from analysis import text
+from analysis.compare import Comparison
+from analysis.compare import compare as compare_runs
+from analysis.files import check_file, write_text
+from analysis.frames import load_runs
+from analysis.report import render_markdown, render_report, system_label, verdict
+from analysis.timeline import write_perfetto
+from traces.errors import InputError
+from traces.schema import Trace
+from traces.store import load as load_trace
+
+
+def compare(
+    measured: Annotated[Path, typer.Argument(help="Result folder of the measured run.", show_default=False)],
+    simulated: Annotated[Path, typer.Argument(help="Result folder of the simulated run.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    repeat: Annotated[
+        list[Path] | None, typer.Option(help="Further measured runs of the same work; repeatable. Gives the noise.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="The trace that both ran; adds expert popularity and the memory of all experts.")
+    ] = None,
+    calibration_mean_s: Annotated[
+        float | None,
+        typer.Option(
+            "--calibration-mean-s", min=1e-9, help="Mean seconds of a decode token while calibrating; gives the skill."
+        ),
+    ] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="Also write both timelines as a Chrome trace, for ui.perfetto.dev.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write a short Markdown table.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+) -> None:
+    """Compare a measured with a simulated run of the same work, and write a report.
+
+    Examples:
+
+      moetwin compare runs/measured runs/simulated
+
+      moetwin compare runs/r1 runs/simulated --repeat runs/r2 --repeat runs/r3 --out out.html --perfetto out.json
+    """
+    _check_targets({"out": out, "perfetto": perfetto, "markdown": markdown}, force=force)
+    ours, theirs, *others = load_runs([measured, simulated, *(repeat or [])])
+    recorded = None if trace is None else _trace(trace, ours.info.trace_digest)
+    outcome = compare_runs(ours, theirs, repeats=others, calibration_mean_s=calibration_mean_s)
+    page = render_report(comparison=outcome, measured=ours, simulated=theirs, trace=recorded, facts={})
+    written = {"report": write_text(out, page, force=force)}
+    if perfetto is not None:
+        written["perfetto"] = write_perfetto(perfetto, [ours, theirs], force=force)
+    if markdown is not None:
+        written["markdown"] = write_text(markdown, render_markdown(outcome), force=force, field="markdown")
+    _show(outcome, written, as_json=json_)
+
+
+def _check_targets(targets: dict[str, Path | None], *, force: bool) -> None:
+    """Refuses before anything is read or written, so that a wrong target costs nothing and leaves nothing."""
+    seen: dict[Path, str] = {}
+    for field, path in targets.items():
+        if path is None:
+            continue
+        check_file(path, force=force, field=field)
+        if path.absolute() in seen:
+            raise InputError(f"{field} must be another file than {seen[path.absolute()]}, got {path}")
+        seen[path.absolute()] = field
+
+
+def _trace(path: Path, digest: str) -> Trace:
+    trace = load_trace(path)
+    if trace.digest != digest:
+        raise InputError(f"trace must be the one that the runs replayed ({digest}), got {path} with {trace.digest}")
+    return trace
+
+
+def _show(outcome: Comparison, written: dict[str, Path], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({**outcome.to_dict(), **{name: str(path) for name, path in written.items()}}))
+        return
+    console = Console(highlight=False)
+    console.print(outcome_table(outcome))
+    console.print(verdict(outcome))
+    for name, path in written.items():
+        console.print(f"{name}: {path}", soft_wrap=True)
+
+
+def outcome_table(outcome: Comparison) -> Table:
+    """The outcome as a rich table: the components of a decode token on both clocks, and the whole token."""
+    title = f"{outcome.measured.model}, {system_label(outcome.measured.system)}: mean decode token"
+    table = Table(title=title, title_justify="left")
+    table.add_column("component")
+    for name in ("measured ms", "simulated ms", "difference ms", "of the token"):
+        table.add_column(name, justify="right")
+    for part in outcome.critical():
+        table.add_row(
+            part.label, *_cells(part.measured_ms, part.simulated_ms), text.percent(part.of_token, signed=True)
+        )
+    ours, theirs = (float(outcome.tokens[f"{side}_s"].mean()) * 1e3 for side in ("measured", "simulated"))
+    table.add_section()
+    table.add_row("whole token", *_cells(ours, theirs), text.percent((theirs - ours) / ours, signed=True))
+    return table
+
+
+def _cells(measured: float, simulated: float) -> tuple[str, str, str]:
+    return text.number(measured), text.number(simulated), text.signed_number(simulated - measured)

@@ -1,0 +1,214 @@
+"""The numbers that the reports show, each defined in symbols in ``docs/metrics.md``: small functions without state.
+
+A ratio whose denominator is empty is not a number (nan), never zero: nothing was observed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from analysis.frames import COMPONENTS
+from traces.errors import InputError
+from traces.schema import Phase
+
+Floats = npt.NDArray[np.float64]
+
+
+def ratio(part: float, whole: float) -> float:
+    """``part / whole``, or nan when ``whole`` is zero."""
+    return float(part) / float(whole) if whole else float("nan")
+
+
+def hit_ratio_union(counts: pd.DataFrame) -> float:
+    """Share of the distinct experts asked for that were resident, over all rows of a layer or step frame."""
+    return ratio(counts["hits_union"].sum(), counts["union"].sum())
+
+
+def hit_ratio_assignments(counts: pd.DataFrame) -> float:
+    """Share of the token-expert pairs whose expert was resident, over all rows of a layer or step frame."""
+    return ratio(counts["hits_assignments"].sum(), counts["assignments"].sum())
+
+
+def late_hit_ratio(counts: pd.DataFrame) -> float:
+    """Share of the distinct experts asked for that had been prefetched and were still in flight."""
+    return ratio(counts["late_hits"].sum(), counts["union"].sum())
+
+
+def bytes_per_token(steps: pd.DataFrame) -> float:
+    """Bytes of demand copies and streamed weights for each token, over the rows of a step frame."""
+    return ratio(steps["bytes"].sum(), steps["tokens"].sum())
+
+
+def tokens_per_s(steps: pd.DataFrame) -> float:
+    """Tokens a second of step time, over the rows of a step frame; time between steps is left out."""
+    return ratio(steps["tokens"].sum(), steps["latency_s"].sum())
+
+
+def percentile(values: npt.ArrayLike, percent: float) -> float:
+    """The percentile by linear interpolation between order statistics; nan when there are no values."""
+    array = np.asarray(values, dtype=np.float64)
+    return float(np.percentile(array, percent)) if array.size else float("nan")
+
+
+def component_shares(steps: pd.DataFrame) -> dict[str, float]:
+    """Share of the summed latency of each critical-path component; the shares add up to 1."""
+    total = float(steps["latency_s"].sum())
+    return {name: ratio(steps[name].sum(), total) for name in COMPONENTS}
+
+
+def stall_share(steps: pd.DataFrame) -> float:
+    """Share of the step time in which the GPU waited for copies or for CPU results."""
+    return ratio(steps["stall_s"].sum(), steps["latency_s"].sum())
+
+
+def covered_s(starts: npt.ArrayLike, ends: npt.ArrayLike) -> float:
+    """Seconds that the union of the intervals [start, end] covers: overlapping work is counted once."""
+    order = np.argsort(np.asarray(starts, dtype=np.float64), kind="stable")
+    begin = np.asarray(starts, dtype=np.float64)[order]
+    if not begin.size:
+        return 0.0
+    reach = np.maximum.accumulate(np.asarray(ends, dtype=np.float64)[order])
+    already = np.concatenate(([begin[0]], reach[:-1]))
+    return float(np.maximum(reach - np.maximum(begin, already), 0.0).sum())
+
+
+def busy_shares(events: pd.DataFrame, span_s: float) -> dict[str, float]:
+    """Share of ``span_s`` in which each resource of an events table was busy, by the resource's name."""
+    groups = events.groupby("resource", sort=True)
+    return {str(name): ratio(covered_s(group["start_s"], group["end_s"]), span_s) for name, group in groups}
+
+
+def signed_errors(measured: npt.ArrayLike, simulated: npt.ArrayLike) -> Floats:
+    """(simulated - measured) / measured for each token; raises InputError unless measured is above 0 everywhere."""
+    base, guess = np.asarray(measured, dtype=np.float64), np.asarray(simulated, dtype=np.float64)
+    if base.shape != guess.shape:
+        raise InputError(f"simulated must have as many tokens as measured ({base.size}), got {guess.size}")
+    if base.size and not base.min() > 0:
+        raise InputError(f"measured latency must be above 0 s, got {base.min()}")
+    return (guess - base) / base
+
+
+def absolute_errors(measured: npt.ArrayLike, simulated: npt.ArrayLike) -> Floats:
+    """|simulated - measured| / measured for each token."""
+    return np.abs(signed_errors(measured, simulated))
+
+
+def skill(measured: npt.ArrayLike, simulated: npt.ArrayLike, calibration_mean_s: float) -> float:
+    """Our median absolute error over that of predicting ``calibration_mean_s`` for every token; below 1 is better.
+
+    nan when the constant makes no error at all.
+    """
+    constant = np.full(np.shape(measured), calibration_mean_s)
+    ours, theirs = absolute_errors(measured, simulated), absolute_errors(measured, constant)
+    return ratio(percentile(ours, 50), percentile(theirs, 50))
+
+
+def noise_floor(repeats: npt.ArrayLike) -> float:
+    """Median over tokens of (median repeat - fastest repeat) / fastest repeat.
+
+    ``repeats`` is [R, N]: seconds of N tokens in each of R repeats. nan for fewer than two repeats, or no tokens.
+    """
+    table = np.asarray(repeats, dtype=np.float64)
+    if table.ndim != 2 or table.shape[0] < 2 or not table.shape[1]:
+        return float("nan")
+    best = table.min(axis=0)
+    return float(np.median((np.median(table, axis=0) - best) / best))
+
+
+@dataclass(frozen=True)
+class RankAgreement:
+    """Kendall's tau over the pairs that can be told apart, and the share of pairs that cannot."""
+
+    tau: float
+    left_out: float
+
+
+def kendall_tau(measured: npt.ArrayLike, simulated: npt.ArrayLike, noise: float = 0.0) -> RankAgreement:
+    """Kendall's tau-b between two sets of points, without the pairs whose measured values are closer than the noise.
+
+    A pair is left out when ``|m_i - m_j| / min(m_i, m_j) < noise``; with ``noise`` 0 none is, and the value is the
+    tau-b of M. G. Kendall, "The treatment of ties in ranking problems" (Biometrika, 1945).
+    """
+    ours, theirs = np.asarray(measured, dtype=np.float64), np.asarray(simulated, dtype=np.float64)
+    first, second = np.triu_indices(ours.size, k=1)
+    distance = np.abs(ours[first] - ours[second])
+    kept = distance >= noise * np.minimum(ours[first], ours[second])
+    order = np.sign(ours[first] - ours[second])[kept]
+    guess = np.sign(theirs[first] - theirs[second])[kept]
+    untied = np.count_nonzero(order) * np.count_nonzero(guess)
+    left_out = ratio(int(kept.size) - int(np.count_nonzero(kept)), kept.size)
+    return RankAgreement(tau=ratio(float(order @ guess), float(np.sqrt(untied))), left_out=left_out)
+
+
+@dataclass(frozen=True)
+class ErrorSummary:
+    """Relative errors of a set of tokens (or steps), as shares: 0.05 is 5%."""
+
+    tokens: int
+    median: float
+    mape: float
+    p90: float
+    p99: float
+    worst: float
+    bias: float
+
+
+def summarise_errors(measured: npt.ArrayLike, simulated: npt.ArrayLike) -> ErrorSummary:
+    """The absolute errors by their quantiles and mean, and the signed bias."""
+    signed = signed_errors(measured, simulated)
+    absolute = np.abs(signed)
+    if not signed.size:
+        return ErrorSummary(0, *[float("nan")] * 6)
+    return ErrorSummary(
+        tokens=int(signed.size),
+        median=percentile(absolute, 50),
+        mape=float(absolute.mean()),
+        p90=percentile(absolute, 90),
+        p99=percentile(absolute, 99),
+        worst=float(absolute.max()),
+        bias=float(signed.mean()),
+    )
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What one run did, in the numbers of ``docs/metrics.md``; decode only, but for ``ttft_s`` and ``busy``."""
+
+    tokens: int
+    tokens_per_s: float
+    tpot_p50_s: float
+    tpot_p90_s: float
+    tpot_p99_s: float
+    ttft_s: float
+    hit_ratio_union: float
+    hit_ratio_assignments: float
+    late_hit_ratio: float
+    bytes_per_token: float
+    stall_share: float
+    busy: dict[str, float]
+
+
+def summarise_run(steps: pd.DataFrame, requests: pd.DataFrame, events: pd.DataFrame) -> RunSummary:
+    """The summary of a run from its step frame, its requests frame and its events table."""
+    decode = steps[steps["phase"] == Phase.DECODE]
+    per_token: Any = np.repeat(decode["latency_s"].to_numpy(float), decode["lanes"].to_numpy(int))
+    span_s = float(steps["end_s"].max() - steps["start_s"].min()) if len(steps) else 0.0
+    return RunSummary(
+        tokens=int(decode["tokens"].sum()),
+        tokens_per_s=tokens_per_s(decode),
+        tpot_p50_s=percentile(per_token, 50),
+        tpot_p90_s=percentile(per_token, 90),
+        tpot_p99_s=percentile(per_token, 99),
+        ttft_s=percentile(requests["ttft_s"].to_numpy(float), 50),
+        hit_ratio_union=hit_ratio_union(decode),
+        hit_ratio_assignments=hit_ratio_assignments(decode),
+        late_hit_ratio=late_hit_ratio(decode),
+        bytes_per_token=bytes_per_token(decode),
+        stall_share=stall_share(decode),
+        busy=busy_shares(events, span_s),
+    )

@@ -1,0 +1,125 @@
+"""How much of SimPy's own speed the engine keeps: the same copies and kernels on a bare skeleton, in one run.
+
+The skeleton decides nothing and records nothing: one link server with its own priority heap, one timeout for a copy
+and one for a kernel, a kernel waits for its own copy. It replays the operations that the engine has logged.
+
+    python benchmarks/simpy_floor.py [TRACE] [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+import time
+from collections.abc import Generator
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import simpy
+import typer
+
+from sim.costs import RooflineCosts
+from sim.results import RunResult
+from sim.run import simulate
+from sim.spec import ModelSpec
+from sim.spec.catalogue import hardware
+from sim.systems import SystemSpec, parse_capacity
+from traces.data import SHIPPED_TRACES
+from traces.schema import Trace
+from traces.store import load
+from traces.workload import Workload, one_at_a_time
+
+DENSE_S, EXPERT_S, COPY_S = 60e-6, 15e-6, 40e-6
+
+
+def skeleton(layers: list[tuple[list[int], list[tuple[int, bool]]]]) -> float:
+    """Runs layers of (copies, [(expert, waits for its copy)]) and returns the simulated end."""
+    env = simpy.Environment()
+    heap: list[tuple[int, int, simpy.Event]] = []
+    bell = [env.event()]
+
+    def link() -> Generator[simpy.Event, Any, None]:
+        while True:
+            if not heap:
+                bell[0] = env.event()
+                yield bell[0]
+            _, _, done = heapq.heappop(heap)
+            yield env.timeout(COPY_S)
+            done.succeed()
+
+    def gpu() -> Generator[simpy.Event, Any, None]:
+        number = 0
+        for copies, kernels in layers:
+            yield env.timeout(DENSE_S)
+            arriving = {}
+            for expert in copies:
+                number += 1
+                arriving[expert] = env.event()
+                heapq.heappush(heap, (0, number, arriving[expert]))
+            if heap and not bell[0].triggered:
+                bell[0].succeed()
+            for expert, waits in kernels:
+                if waits:
+                    yield arriving[expert]
+                yield env.timeout(EXPERT_S)
+
+    env.process(link())
+    env.run(env.process(gpu()))
+    return float(env.now)
+
+
+def layers_of(run: RunResult) -> list[tuple[list[int], list[tuple[int, bool]]]]:
+    """The copies and kernels of each layer, as the engine submitted them."""
+    rows = zip(*(run.operations[name].tolist() for name in ("step", "layer", "op", "expert")), strict=True)
+    layers = []
+    for _, group in groupby(rows, key=lambda row: row[:2]):
+        operations = [row[2:] for row in group]
+        copies = [expert for op, expert in operations if op == "copy"]
+        arriving = set(copies)
+        layers.append((copies, [(expert, expert in arriving) for op, expert in operations if op == "gpu"]))
+    return layers
+
+
+def small_model(trace: Trace) -> ModelSpec:
+    """A model of the trace's shape; the floor does not depend on its widths."""
+    header = trace.header
+    return ModelSpec(
+        name=header.model, source="benchmark", layers=header.layers, moe_layers=header.layers, experts=header.experts,
+        top_k=header.top_k, hidden=192, expert_width=64, heads=6, kv_heads=2, head_dim=32, vocab=4096, dtype="fp32",
+    )  # fmt: skip
+
+
+def measure(workload: Workload, repeats: int) -> tuple[list[float], list[float]]:
+    """Process seconds of the engine (controller, policies and tables included) and of the skeleton, interleaved."""
+    header = workload.trace.header
+    budget = parse_capacity("25%", layers=header.layers, experts=header.experts)
+    machine = hardware("rtx4090-pcie4")
+    costs = RooflineCosts(small_model(workload.trace), machine)
+    engine_s, skeleton_s = [], []
+    for _ in range(repeats):
+        start_s = time.process_time()
+        run = simulate(workload, SystemSpec(), budget, costs, hardware=machine.name, events=False)
+        engine_s.append(time.process_time() - start_s)
+        layers = layers_of(run)
+        start_s = time.process_time()
+        skeleton(layers)
+        skeleton_s.append(time.process_time() - start_s)
+    return engine_s, skeleton_s
+
+
+def main(
+    trace: Annotated[Path, typer.Argument(help="A recorded trace.")] = SHIPPED_TRACES[0],
+    repeats: Annotated[int, typer.Option(help="Runs of each; medians are printed.")] = 5,
+) -> None:
+    """Prints decode tokens a second of engine and skeleton (LRU, 25 %), on one core, and their ratio."""
+    workload = one_at_a_time(load(trace))
+    tokens = workload.describe()["new_tokens"]
+    engine_s, skeleton_s = (statistics.median(times) for times in measure(workload, repeats))
+    print(f"engine   {tokens / engine_s:8.0f} decode tokens/s")
+    print(f"skeleton {tokens / skeleton_s:8.0f} decode tokens/s")
+    print(f"ratio    {skeleton_s / engine_s:8.2f}  (bar: 0.5)")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,179 @@
+"""Sub-commands that run a real model."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from traces import store
+from traces.errors import InputError, unknown_name
+from traces.prompts import SHIPPED_PROMPTS, Prompt, load_prompts
+from traces.schema import Phase, Trace
+
+if TYPE_CHECKING:  # torch and transformers are imported when a model is run, not to print a help text
+    from real.record import Progress
+
+RECORD_COMMAND = "moetwin trace record"
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What decides the content of a recording; written into the trace's ``made_by``, and read back from it."""
+
+    model: str = "moetwin-small"
+    prompts: str = ""
+    domains: str = ""
+    max_prompt_tokens: int = 128
+    max_new_tokens: int = 128
+    batch: int = 1
+    lookahead: int = 3
+    seed: int = 0
+    temperature: float = 0.0
+
+    def command(self) -> str:
+        """The command line that records with these options; empty ones are left out."""
+        given = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        words = [word for name, value in given if value != "" for word in (_flag(name), str(value))]
+        return f"{RECORD_COMMAND} {shlex.join(words)}"
+
+    @classmethod
+    def parse(cls, command: str) -> RecordOptions:
+        """The options of a :meth:`command`; raises :class:`InputError` when it is something else."""
+        kinds = {_flag(field.name): (field.name, type(getattr(cls(), field.name))) for field in fields(cls)}
+        words = shlex.split(command.removeprefix(RECORD_COMMAND))
+        if not command.startswith(RECORD_COMMAND) or len(words) % 2 or not kinds.keys() >= set(words[::2]):
+            raise InputError(f"made_by must be a command {RECORD_COMMAND} with its options, got {command!r}")
+        values: dict[str, Any] = {}
+        for flag, word in zip(words[::2], words[1::2], strict=True):
+            name, kind = kinds[flag]
+            values[name] = kind(word)
+        return cls(**values)
+
+
+def record(
+    model: Annotated[str, typer.Option(help="moetwin-small, or the folder of a local checkpoint.")] = "moetwin-small",
+    prompts: Annotated[Path | None, typer.Option(help="A .jsonl or .txt file; else the project's own.")] = None,
+    domains: Annotated[str, typer.Option(help="Only prompts of these domains, separated by commas.")] = "",
+    max_prompt_tokens: Annotated[int, typer.Option(help="A longer prompt is cut here.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to decode for each prompt.")] = 128,
+    batch: Annotated[int, typer.Option(help="Prompts decoded together, in lock-step.")] = 1,
+    lookahead: Annotated[int, typer.Option(help="Layers whose choice is predicted from each layer; 0 for none.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the sampling, when the temperature is above 0.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="The trace file to write (.safetensors).")] = None,
+    like: Annotated[Path | None, typer.Option(help="Record again as this trace was made, and compare.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that --out names.")] = False,
+) -> None:
+    """Run a model on prompts, and write down what its routers chose.
+
+    Examples:
+
+      moetwin trace record --out code.safetensors --domains code
+
+      moetwin trace record --model ./my-checkpoint --prompts mine.txt --batch 4 --out mine.safetensors
+
+      moetwin trace record --like code.safetensors
+    """
+    if out is None and like is None:
+        raise InputError("out must be given (or --like), got neither")
+    if out is not None:
+        store.check_target(out, force=force)
+    given = RecordOptions(
+        model=model,
+        prompts="" if prompts is None else str(prompts),
+        domains=domains,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        lookahead=lookahead,
+        seed=seed,
+        temperature=temperature,
+    )
+    original = None if like is None else store.load(like)
+    trace = record_with(given if original is None else RecordOptions.parse(original.header.made_by))
+    if out is not None:
+        store.save(trace, out, force=force)
+    Console().print(_summary(trace, out))
+    if original is not None:
+        _check_same(trace, original, like)
+
+
+def record_with(options: RecordOptions) -> Trace:
+    """Loads the model and the prompts that ``options`` name, and records; shows its progress on stderr."""
+    from real.generate import Sampler
+    from real.models.load import SMALL_NAME, load
+    from real.record import record as record_trace
+
+    prompts = _choose(load_prompts(Path(options.prompts) if options.prompts else SHIPPED_PROMPTS), options.domains)
+    sampler = Sampler(options.temperature, seed=options.seed)
+    loaded = load(options.model)
+    own = options.model == SMALL_NAME and not options.prompts
+    with _progress(len(prompts)) as progress:
+        return record_trace(
+            loaded,
+            prompts,
+            batch=options.batch,
+            max_prompt_tokens=options.max_prompt_tokens,
+            max_new_tokens=options.max_new_tokens,
+            lookahead_depth=options.lookahead,
+            sampler=sampler,
+            made_by=options.command(),
+            licence="Apache-2.0" if own else "",
+            progress=progress,
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _choose(prompts: list[Prompt], domains: str) -> list[Prompt]:
+    """The prompts of ``domains`` (comma-separated; all when empty), in the order of the file."""
+    wanted = [name.strip() for name in domains.split(",") if name.strip()]
+    known = {prompt.domain for prompt in prompts}
+    for name in wanted:
+        if name not in known:
+            raise unknown_name("domain", name, known)
+    return [prompt for prompt in prompts if not wanted or prompt.domain in wanted]
+
+
+@contextmanager
+def _progress(prompts: int) -> Iterator[Progress]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("recording", total=prompts)
+        yield lambda done, steps: bar.update(task, completed=done, description=f"recording, step {steps}")
+
+
+def _summary(trace: Trace, out: Path | None) -> Table:
+    header = trace.header
+    prefill = int((trace.phase == Phase.PREFILL).sum())
+    table = Table(title="recorded trace", show_header=False)
+    table.add_row("model", f"{header.model}, {header.layers} layers x {header.experts} experts, top-{header.top_k}")
+    table.add_row("sequences", f"{len(set(trace.sequence.tolist()))} over {len(set(header.domains))} domains")
+    table.add_row("tokens", f"{prefill} prefill, {len(trace) - prefill} decode, in {int(trace.step[-1]) + 1} steps")
+    table.add_row("file", "not written" if out is None else f"{out} ({out.stat().st_size:,} bytes)")
+    table.add_row("digest", trace.digest)
+    return table
+
+
+def _check_same(trace: Trace, original: Trace, path: Path | None) -> None:
+    """Prints that the digests agree; raises :class:`InputError` when not, with the share of equal choices."""
+    if trace.digest == original.digest:
+        Console().print(f"identical to {path}")
+        return
+    same_shape = trace.expert_ids.shape == original.expert_ids.shape
+    share = float((trace.expert_ids == original.expert_ids).mean()) if same_shape else 0.0
+    raise InputError(
+        f"digest must be {original.digest} as in {path}, got {trace.digest} ({share:.2%} of the expert ids are equal)"
+    )

@@ -1,0 +1,206 @@
+"""Measured runs: decode prompts under a memory limit, or replay a trace's routing through a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from real.device import Device
+from real.executor import Executor
+from real.generate import HookChain, Sampler, StepHooks, TextStream, generate, left_pad
+from real.models.load import LoadedModel
+from real.record import Collector
+from real.routing import Replay
+from real.store import HostStore
+from sim.controller import ExpertShape, OffloadController, Predicted
+from sim.costs import Costs
+from sim.results import RunResult
+from sim.run import build_controller, predictions_of, run_info
+from sim.systems import Budget, SystemSpec
+from traces.errors import InputError
+from traces.schema import Phase, Trace
+from traces.workload import Step, Workload, lock_step
+
+
+@dataclass
+class Machine:
+    """A model ready to run under offloading: its dense part on the device, its experts on the host."""
+
+    loaded: LoadedModel
+    device: Device
+    store: HostStore
+
+    @classmethod
+    def prepare(
+        cls, loaded: LoadedModel, device: Device, *, seed: int = 0, progress: Callable[[], None] | None = None
+    ) -> Machine:
+        """Moves a model's experts to the host store and the rest to the device."""
+        store = HostStore(loaded, pin=device.torch_device.type == "cuda", seed=seed, progress=progress)
+        loaded.model.to(device.torch_device)
+        return cls(loaded, device, store)
+
+    @property
+    def hardware(self) -> str:
+        """Name of the machine for results: the GPU's own, or the CPU in its role."""
+        if self.device.torch_device.type == "cuda":
+            return torch.cuda.get_device_name()
+        return "cpu device"
+
+
+def decode(
+    machine: Machine,
+    encoded: Sequence[Sequence[int]],
+    system: SystemSpec,
+    budget: Budget,
+    costs: Costs,
+    *,
+    batch: int = 1,
+    max_new_tokens: int = 64,
+    sampler: Sampler | None = None,
+    on_text: Callable[[str], None] | None = None,
+    progress: Callable[[], None] = lambda: None,
+    **header: object,
+) -> tuple[RunResult, Trace, list[list[int]]]:
+    """Decodes prompts (token ids) under ``budget``, ``batch`` at a time: the measured run, its trace, the new tokens.
+
+    ``on_text`` is handed the text of each prompt's continuation as it grows (with ``batch`` 1); ``header`` fields go
+    into the trace. Raises :class:`InputError` for a system that has to know the future.
+    """
+    if "future" in system.needs:
+        raise InputError(f"evict must be causal to decode prompts, got {system.evict} (replay a trace with it instead)")
+    loaded = machine.loaded
+    collector = Collector(loaded, lookahead_depth=max(1, system.lookahead_depth), scores=True)
+    controller = _controller(loaded, system, budget, costs)
+    tokens: list[list[int]] = []
+    with Executor(loaded, controller, machine.device, machine.store, listeners=[collector]) as executor:
+        hooks = HookChain(collector, executor, _Progress(progress))
+        for start in range(0, len(encoded), batch):
+            ids, mask = left_pad(encoded[start : start + batch])
+            stream = TextStream(loaded.tokenizer, on_text) if on_text and loaded.tokenizer else None
+            outcome = generate(
+                loaded.model,
+                ids.to(machine.device.torch_device),
+                mask.to(machine.device.torch_device),
+                max_new_tokens=max_new_tokens,
+                eos_ids=loaded.eos_ids,
+                sampler=sampler,
+                hooks=hooks,
+                stream=stream,
+            )
+            tokens.extend(outcome.tokens)
+    trace = collector.finish(**header)
+    return _result(machine, executor, controller, lock_step(trace, batch)), trace, tokens
+
+
+def replay(
+    machine: Machine,
+    workload: Workload,
+    system: SystemSpec,
+    budget: Budget,
+    costs: Costs,
+    *,
+    progress: Callable[[], None] = lambda: None,
+) -> RunResult:
+    """Runs the tokens of a workload through the model with the workload's routing forced on it, and measures.
+
+    Every policy can run here, also those that know the future. Token ids beyond the model's vocabulary are wrapped
+    round. Raises :class:`InputError` when trace and model do not fit each other.
+    """
+    trace, loaded = workload.trace, machine.loaded
+    router = Replay(trace, loaded, device=machine.device.torch_device)
+    controller = build_controller(workload, system, budget, costs)
+    guide = _Guide(router, workload, predictions_of(trace, system.lookahead_depth))
+    with Executor(
+        loaded, controller, machine.device, machine.store, listeners=[router], forecast=guide.forecast
+    ) as executor:
+        hooks = HookChain(guide, executor, _Progress(progress))
+        for steps in _batches(workload):
+            prompts, continuations = _tokens(trace, steps, loaded.spec.vocab)
+            ids, mask = left_pad(prompts)
+            device = machine.device.torch_device
+            generate(loaded.model, ids.to(device), mask.to(device), forced_tokens=continuations, hooks=hooks)
+    return _result(machine, executor, controller, workload)
+
+
+class _Guide:
+    """Tells the replay, before each forward pass, which rows of the trace it is about to compute."""
+
+    def __init__(self, router: Replay, workload: Workload, predictions: Callable[[Step], Sequence[object]]) -> None:
+        self._router, self._steps, self._predictions = router, iter(workload.steps), predictions
+        self._batch_of = _lanes_of(workload)
+        self._forecast: Sequence[object] = ()
+
+    def begin_step(
+        self, step_index: int, phase: Phase, mask: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor
+    ) -> None:
+        step = next(self._steps)
+        self._router.begin_step(self._router.rows(self._batch_of[step.index], mask, positions))
+        self._forecast = self._predictions(step)
+
+    def end_step(self, next_tokens: list[int]) -> None:
+        """Nothing to do."""
+
+    def forecast(self, layer: int) -> Sequence[Sequence[int]]:
+        """What the trace expected of the layers after ``layer``."""
+        return self._forecast[layer]  # type: ignore[return-value]
+
+
+class _Progress:
+    """Hooks that only count forward passes."""
+
+    def __init__(self, progress: Callable[[], None]) -> None:
+        self._progress = progress
+
+    def begin_step(self, *args: object) -> None:
+        """Nothing to do."""
+
+    def end_step(self, next_tokens: list[int]) -> None:
+        self._progress()
+
+
+def _controller(loaded: LoadedModel, system: SystemSpec, budget: Budget, costs: Costs) -> OffloadController:
+    spec = loaded.spec
+    shape = ExpertShape(spec.moe_layers, spec.experts, spec.top_k, spec.expert_bytes)
+    predicted = Predicted(costs.gpu_expert_s, costs.cpu_expert_s, costs.copy_s(shape.expert_bytes))
+    return OffloadController(system, shape, budget, predicted)
+
+
+def _result(machine: Machine, executor: Executor, controller: OffloadController, workload: Workload) -> RunResult:
+    info = run_info("measured", workload, controller, hardware=machine.hardware)
+    software = {**info.software, **{name: version(name) for name in ("torch", "transformers")}}
+    return executor.log.result(info.model_copy(update={"software": software}))
+
+
+def _batches(workload: Workload) -> list[list[Step]]:
+    """The steps of every batch: a batch begins with a prefill."""
+    batches: list[list[Step]] = []
+    for step in workload:
+        if step.phase == Phase.PREFILL:
+            batches.append([])
+        if not batches:
+            raise InputError("trace must have a prompt for each sequence to be replayed on a model, got decode only")
+        batches[-1].append(step)
+    return batches
+
+
+def _lanes_of(workload: Workload) -> dict[int, tuple[int, ...]]:
+    """For every step the sequences of all lanes of its batch, those that have ended included."""
+    return {step.index: steps[0].sequences for steps in _batches(workload) for step in steps}
+
+
+def _tokens(trace: Trace, steps: Sequence[Step], vocab: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of a batch, by lane: the prompts, and what follows."""
+    lanes = steps[0].sequences
+    prompts: dict[int, list[int]] = {lane: [] for lane in lanes}
+    continuations: dict[int, list[int]] = {lane: [] for lane in lanes}
+    for step in steps:
+        into = prompts if step.phase == Phase.PREFILL else continuations
+        for row in step.rows:
+            sequence = int(trace.sequence[row])
+            if sequence not in into:
+                raise InputError(f"sequence {sequence} must have a prompt to be replayed on a model, got none")
+            into[sequence].append(int(trace.token_ids[row]) % vocab)
+    return list(prompts.values()), list(continuations.values())

@@ -1,0 +1,365 @@
+"""Runs a controller's plans with torch, in the place of a model's experts, and writes down what really happened.
+
+Shapes: T rows of a forward pass (padding included), k experts a token, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from real.device import Device, Work
+from real.generate import NO_TOKEN
+from real.models.load import LoadedModel
+from real.routing import RouteListener, RouterCall, RouterTap, lookahead
+from real.store import DeviceSlots, HostStore
+from sim.controller import OffloadController
+from sim.engine import LINK_WINDOW
+from sim.logs import LayerRecord, RunLog
+from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
+from traces.schema import NOT_ROUTED, Phase
+from traces.workload import Routing, Step
+
+IMPLEMENTATION = "moetwin_offload"
+"""Name under which the executor stands in the experts interface of transformers."""
+
+Predictions = Sequence[Sequence[int]]
+
+
+class Assignments:
+    """The tokens of every expert in one layer of one pass."""
+
+    def __init__(self, ids: Tensor, weights: Tensor, real: Tensor | None) -> None:
+        """``ids`` and ``weights`` [T, k]; rows where ``real`` [T] is false, and places of weight 0, are not routed."""
+        self._top_k = ids.shape[1]
+        routed = weights != 0 if real is None else (weights != 0) & real[:, None]
+        flat = torch.where(routed, ids, NOT_ROUTED).flatten()
+        counted = Counter(flat.tolist())
+        counted.pop(NOT_ROUTED, None)
+        counts = dict(sorted(counted.items()))
+        self.routing = Routing(tuple(counts), tuple(counts.values()), sum(counts.values()))
+        self._rows: dict[int, Tensor] = {}
+        order, start = flat.argsort(stable=True), 0
+        for expert, count in counts.items():
+            self._rows[expert] = order[start : start + count]
+            start += count
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The expert's tokens [n], and the place [n] of the expert among the k of each."""
+        rows = self._rows[expert]
+        return rows // self._top_k, rows % self._top_k
+
+
+class Executor:
+    """Stands in for the experts of a model for the time of a ``with`` block. One executor serves one run.
+
+    Give it to ``generate`` as hooks. With ``forecast`` the predictions for the layers after a given one come from
+    there (routing replay); the later layers' routers are run all the same, because that is a part of the cost.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        controller: OffloadController,
+        device: Device,
+        store: HostStore,
+        *,
+        listeners: Sequence[RouteListener] = (),
+        forecast: Callable[[int], Predictions] | None = None,
+    ) -> None:
+        self.log = RunLog()
+        self.slots = DeviceSlots(store, controller.cache.total_slots, device.torch_device)
+        self._loaded, self._controller, self._device, self._store = loaded, controller, device, store
+        self._forecast = forecast
+        self._act = loaded.family.act_fn(loaded.config)
+        self._routers = [layer.router for layer in loaded.layers]
+        self._tap = RouterTap(loaded.layers, *listeners, self)
+        self._synchronous = controller.system.synchronous
+        self._depth = controller.system.lookahead_depth
+        self._predictions: Predictions = ()
+        self._book = _StepBook()
+        self._real: Tensor | None = None
+        self._works: dict[int, Work] = {}
+        self._prefetches: list[_Prefetch] = []
+        self._layers: list[_Layer] = []
+        self._record = LayerRecord(0, 0)
+        self._step_mark: Any = None
+        self._dense_mark: Any = None
+
+    def __enter__(self) -> Executor:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+        for layer in self._loaded.layers:
+            layer.experts.moetwin = (self, layer.index)  # type: ignore[assignment]
+        self._loaded.model.set_experts_implementation(IMPLEMENTATION)
+        self._tap.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tap.__exit__(kind, error, trace)
+        self._loaded.model.set_experts_implementation("eager")
+        for layer in self._loaded.layers:
+            del layer.experts.moetwin
+
+    def begin_step(self, step_index: int, phase: Phase, mask: Tensor, positions: Tensor, token_ids: Tensor) -> None:
+        """A forward pass begins; shapes as in :class:`real.generate.StepHooks`."""
+        self._book.begin(phase, mask, positions)
+        self._real = None if bool(mask.all()) else mask.flatten()
+        self._controller.begin_step(self._book.index)
+        self._step_mark = self._dense_mark = self._device.mark()
+
+    def end_step(self, next_tokens: list[int]) -> None:
+        """A forward pass has ended: its times are read and written down."""
+        mark = self._device.mark()
+        self._device.settle()
+        start_s, end_s = self._device.time_of(self._step_mark), self._device.time_of(mark)
+        records = [self._resolve(layer) for layer in self._layers]
+        self._layers.clear()
+        self._poll()
+        self.log.step(self._book.end(next_tokens), start_s, end_s, end_s - records[-1].end_s, records)
+
+    def on_route(self, call: RouterCall) -> None:
+        """Looks ahead from a router's input when the system needs it; never changes the choice."""
+        if not self._depth:
+            return
+        ids = lookahead(call.hidden, call.layer, self._depth, self._routers, call.ids.shape[-1])
+        if self._forecast is not None:
+            self._predictions = self._forecast(call.layer)
+            return
+        rows = ids if self._real is None else ids[self._real]
+        self._predictions = [_most_named(rows[:, ahead]) for ahead in range(self._depth)]
+
+    def experts(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The output [T, H] of one layer's experts for ``hidden`` [T, H], ``ids`` and ``weights`` [T, k]."""
+        begun = self._device.mark()
+        kernel = _Kernel(self, hidden, weights, Assignments(ids, weights, self._real))
+        self._poll()
+        plan = self._controller.plan_layer(layer, kernel.assignments.routing, self._predictions)
+        record = self._record = LayerRecord(self._book.index, layer)
+        record.plan = plan
+        works = self._submit(plan, kernel, record)
+        self._device.wait([work for operation, work in works if operation.op != COPY], self._pull)
+        result = kernel.result()
+        ended = self._device.mark()
+        self._layers.append(_Layer(record, works, self._dense_mark, begun, ended))
+        self._works = {number: work for number, work in self._works.items() if not work.done}
+        self._dense_mark = ended
+        return result
+
+    def compute(self, operation: Operation, hidden: Tensor) -> Tensor:
+        """One expert on rows [n, H]: on the device from its slot, or on the CPU from the host store."""
+        if operation.op == GPU:
+            gate_up, down = self.slots.read(operation.slot, operation.layer, operation.expert)
+        else:
+            gate_up, down = self._store.views(self._store.expert(operation.layer, operation.expert))
+        gate, up = functional.linear(hidden, gate_up).chunk(2, dim=-1)
+        return functional.linear(self._act(gate) * up, down)
+
+    def _submit(self, plan: LayerPlan, kernel: _Kernel, record: LayerRecord) -> list[tuple[Operation, Work]]:
+        """Hands a plan to the device: without waiting, or one operation after the other in synchronous mode."""
+        self._promote(plan)
+        works = []
+        for operation in plan.operations:
+            self.log.operation(record.step, operation)
+            if operation.op == EVICT:
+                continue
+            work = self._works[operation.id] = self._start(operation, kernel)
+            works.append((operation, work))
+            if self._synchronous:
+                self._device.wait([work], _nothing)
+        self._pull()
+        return works
+
+    def _start(self, operation: Operation, kernel: _Kernel) -> Work:
+        after = [self._works[earlier] for earlier in operation.after if earlier in self._works]
+        if operation.op == GPU:
+            return self._device.gpu(partial(kernel.run, operation), after)
+        if operation.op == CPU:
+            return self._device.cpu(kernel.on_cpu(operation))
+        load = partial(self.slots.load, operation.slot, operation.layer, operation.expert)
+        return self._device.copy(load, after, prefetch=operation.prefetch)
+
+    def _promote(self, plan: LayerPlan) -> None:
+        """Prefetches that this layer turns out to wait for need not stand back any longer."""
+        if not self._prefetches:
+            return
+        waited = {number for operation in plan.operations if operation.op == GPU for number in operation.after}
+        self._device.promote([one.work for one in self._prefetches if one.operation.id in waited])
+
+    def _poll(self) -> None:
+        """Reports prefetches that have arrived, in the order of their submission."""
+        for one in self._prefetches:
+            if one.work.error is not None:
+                raise one.work.error
+            if one.work.done and not one.reported:
+                one.reported = True
+                self._controller.on_arrival(one.operation)
+        for one in [one for one in self._prefetches if one.reported and one.work.finished]:
+            self._prefetches.remove(one)
+            self._event("link", "prefetch", one.record, one.operation.expert, one.work)
+
+    def _pull(self) -> None:
+        """Asks for prefetches while the link has room."""
+        if self._depth:
+            self._poll()
+            while self._outstanding() < LINK_WINDOW and (operations := self._controller.next_transfer()):
+                for operation in operations:
+                    self.log.operation(self._record.step, operation)
+                    if operation.op == COPY:
+                        self._prefetch(operation)
+        self._device.flush()
+
+    def _prefetch(self, operation: Operation) -> None:
+        load = partial(self.slots.load, operation.slot, operation.layer, operation.expert)
+        work = self._works[operation.id] = self._device.copy(load, (), prefetch=True)
+        self._prefetches.append(_Prefetch(operation, work, self._record))
+
+    def _outstanding(self) -> int:
+        """Copies submitted and not ended."""
+        return sum(work.is_copy and not work.done for work in self._works.values())
+
+    def _resolve(self, layer: _Layer) -> LayerRecord:
+        """Turns a layer's marks and works into seconds and event rows."""
+        record, time_of = layer.record, self._device.time_of
+        dense_s, begun_s, record.end_s = time_of(layer.dense), time_of(layer.begun), time_of(layer.ended)
+        record.dense_s = begun_s - dense_s
+        first_s, last_s = record.end_s, begun_s
+        self._event_at("gpu", "dense", record, dense_s, begun_s)
+        for operation, work in layer.works:
+            busy_s = work.end_s - work.start_s
+            resource, kind = _ROLES[operation.op]
+            self._event(resource, kind, record, operation.expert, work)
+            first_s = min(first_s, work.start_s)
+            if operation.op == COPY:
+                record.transfer_s += busy_s
+                continue
+            last_s = max(last_s, work.end_s)
+            if operation.op == GPU:
+                record.gpu_s += busy_s
+            else:
+                record.cpu_s += busy_s
+        record.host_s = max(0.0, first_s - begun_s) + max(0.0, record.end_s - max(last_s, first_s))
+        self._event_at("host", "plan", record, begun_s, first_s)
+        return record
+
+    def _event(self, resource: str, kind: str, record: LayerRecord, expert: int, work: Work) -> None:
+        self.log.event(resource, kind, record, expert, work.start_s, work.end_s)
+
+    def _event_at(self, resource: str, kind: str, record: LayerRecord, start_s: float, end_s: float) -> None:
+        self.log.event(resource, kind, record, -1, start_s, end_s)
+
+
+_ROLES = {GPU: ("gpu", "expert"), CPU: ("cpu", "expert"), COPY: ("link", "copy")}
+
+
+class _Layer(NamedTuple):
+    """A layer whose times are read at the end of its step: marks of its dense part's begin, its router, its end."""
+
+    record: LayerRecord
+    works: list[tuple[Operation, Work]]
+    dense: Any
+    begun: Any
+    ended: Any
+
+
+class _Prefetch:
+    """A prefetch under way, with the layer during which it was asked for."""
+
+    def __init__(self, operation: Operation, work: Work, record: LayerRecord) -> None:
+        self.operation, self.work, self.record = operation, work, record
+        self.reported = False
+
+
+class _Kernel:
+    """The experts of one layer of one pass. Contributions are kept apart, so that no order of work changes the sum."""
+
+    def __init__(self, executor: Executor, hidden: Tensor, weights: Tensor, assignments: Assignments) -> None:
+        self.assignments = assignments
+        self._executor, self._hidden, self._weights = executor, hidden, weights
+        self._outputs = hidden.new_zeros(*weights.shape, hidden.shape[1])  # [T, k, H]
+        self._from_cpu: list[tuple[int, Tensor]] = []
+
+    def run(self, operation: Operation) -> None:
+        """Computes one expert on the device."""
+        tokens, places = self.assignments.of(operation.expert)
+        self._put(tokens, places, self._executor.compute(operation, self._hidden[tokens]))
+
+    def on_cpu(self, operation: Operation) -> Callable[[], None]:
+        """Fetches one expert's rows to the host, and returns the work that computes them there."""
+        rows = self._hidden[self.assignments.of(operation.expert)[0]].cpu()
+
+        def run() -> None:
+            self._from_cpu.append((operation.expert, self._executor.compute(operation, rows)))
+
+        return run
+
+    def result(self) -> Tensor:
+        """The sum [T, H] over every token's experts, when all have been computed (or are ordered before this)."""
+        for expert, output in self._from_cpu:
+            self._put(*self.assignments.of(expert), output.to(self._outputs.device))
+        return self._outputs.sum(dim=1)
+
+    def _put(self, tokens: Tensor, places: Tensor, output: Tensor) -> None:
+        weighted = output * self._weights[tokens, places, None]
+        self._outputs[tokens, places] = weighted.to(self._outputs.dtype)
+
+
+class _StepBook:
+    """Numbers forward passes and sequences as they come by; every prefill begins new sequences, one a lane."""
+
+    def __init__(self) -> None:
+        self.index = -1
+        self._sequences = 0
+        self._first = 0
+        self._step: Step | None = None
+
+    def begin(self, phase: Phase, mask: Tensor, positions: Tensor) -> None:
+        """A pass over ``mask`` [B, S] of real tokens at ``positions`` [B, S] begins."""
+        self.index += 1
+        if phase == Phase.PREFILL:
+            self._first, self._sequences = self._sequences, self._sequences + len(mask)
+        counts = mask.sum(dim=1).tolist()
+        active = [lane for lane, count in enumerate(counts) if count]
+        sequences = tuple(self._first + lane for lane in active)
+        self._step = Step(
+            index=self.index,
+            phase=phase,
+            rows=torch.empty(0, dtype=torch.int64).numpy(),
+            sequences=sequences,
+            tokens=tuple(counts[lane] for lane in active),
+            context=int(positions.max()) + 1,
+            starts=sequences if phase == Phase.PREFILL else (),
+            ends=(),
+        )
+
+    def end(self, next_tokens: list[int]) -> Step:
+        """The pass has ended; lanes without a next token end with it."""
+        step = self._step
+        assert step is not None, "a pass that ends has begun"
+        ends = tuple(one for one in step.sequences if next_tokens[one - self._first] == NO_TOKEN)
+        return Step(step.index, step.phase, step.rows, step.sequences, step.tokens, step.context, step.starts, ends)
+
+
+def _experts_forward(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    executor, layer = cast("tuple[Executor, int]", module.moetwin)
+    return executor.experts(layer, hidden, ids, weights)
+
+
+def _most_named(ids: Tensor) -> list[int]:
+    """Distinct experts of ids [n, K], most often named first; equal ones by the first token and rank naming them."""
+    counts = Counter(ids.flatten().tolist())
+    counts.pop(NOT_ROUTED, None)
+    return [expert for expert, _ in counts.most_common()]
+
+
+def _nothing() -> None:
+    """Nothing to do when a copy ends."""

@@ -1,0 +1,1 @@
+"""The small Mixture-of-Experts language model that ships with the project: corpus, training, evaluation."""

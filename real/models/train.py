@@ -1,0 +1,372 @@
+"""Train the small Mixture-of-Experts language model that ships with the project.
+
+One command rebuilds it: corpus, tokenizer, training within a wall-clock budget, evaluation and model card.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from real.models.card import render_card
+from real.models.corpus import MANIFEST_NAME, Corpus, build_corpus, default_corpus_dir, load_corpus
+from real.models.evaluate import evaluate
+from real.models.kernels import compile_pieces, keep_heap_memory, training_forward
+from real.models.optimiser import make_optimisers
+from real.models.tokens import SequenceSampler, TokenArray, train_tokenizer, training_stream
+
+STATE_NAME = "training-state.pt"
+LOG_NAME = "training-log.jsonl"
+LRU_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that shapes a run. Lengths are tokens; `minutes` is the wall-clock budget unless `steps` fixes the end."""
+
+    minutes: float = 60.0
+    steps: int = 0
+    seed: int = 20
+    layers: int = 8
+    hidden: int = 192
+    experts: int = 32
+    top_k: int = 4
+    expert_width: int = 64
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 32
+    vocab_size: int = 4096
+    max_positions: int = 2048
+    sequence_length: int = 512
+    batch_size: int = 16
+    learning_rate: float = 6e-3
+    weight_decay: float = 0.1
+    warmup_share: float = 0.02
+    decay_from_share: float = 0.3
+    balance_weight: float = 0.01
+    router_z_weight: float = 0.001
+    gradient_clip: float = 1.0
+    number_format: str = "bfloat16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the matrix products in training."""
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.number_format]
+
+
+@dataclass
+class Progressed:
+    """How far a run has come: steps done, seconds trained (over all resumed parts) and the last logged figures."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    loss: float = math.nan
+    balance: float = math.nan
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
+    """Build the untrained model, float32; layer outputs start small so that depth does not amplify them."""
+    config = Qwen3MoeConfig(
+        vocab_size=recipe.vocab_size,
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.expert_width,
+        moe_intermediate_size=recipe.expert_width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        head_dim=recipe.head_dim,
+        num_experts=recipe.experts,
+        num_experts_per_tok=recipe.top_k,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=recipe.max_positions,
+        tie_word_embeddings=True,
+        router_aux_loss_coef=recipe.balance_weight,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(recipe.seed)
+    model = Qwen3MoeForCausalLM(config).float()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.mlp.gate.weight, std=0.02)
+            for weight in (layer.self_attn.o_proj.weight, layer.mlp.experts.down_proj):
+                weight.mul_((2 * recipe.layers) ** -0.5)
+    return model
+
+
+def router_losses(all_logits: list[Tensor], top_k: int) -> tuple[Tensor, Tensor]:
+    """Give the load-balancing loss (1 a layer when even) and the z-loss, each summed over losses of single layers.
+
+    Router logits are [tokens, experts] and hold every token of the batch: the balance is asked of the batch as a
+    whole, so that one text's tokens may prefer some experts. Balance after Fedus et al., "Switch Transformers" (2021).
+    """
+    balance, z = torch.zeros(()), torch.zeros(())
+    for logits in all_logits:
+        tokens, experts = logits.shape
+        probs = torch.softmax(logits, -1)
+        chosen = torch.topk(logits.detach(), top_k, dim=-1).indices.reshape(-1)
+        load = torch.bincount(chosen, minlength=experts).float() / (tokens * top_k)
+        balance = balance + experts * (load * probs.mean(0)).sum()
+        z = z + torch.logsumexp(logits, -1).square().mean()
+    return balance, z
+
+
+def rate_factor(share: float, recipe: Recipe) -> float:
+    """Give the learning rate's factor at `share` (0 to 1) of the budget: warm-up, plateau, linear decay to zero."""
+    if share < recipe.warmup_share:
+        return max(share / recipe.warmup_share, 0.01)
+    return max(0.0, min(1.0, (1.0 - share) / (1.0 - recipe.decay_from_share)))
+
+
+class Trainer:
+    """Model, optimisers and data of one run, with its saved state."""
+
+    def __init__(self, recipe: Recipe, model: Qwen3MoeForCausalLM, sampler: SequenceSampler) -> None:
+        self.recipe, self.model, self.sampler = recipe, model, sampler
+        self.optimisers = make_optimisers(model, recipe.learning_rate, recipe.weight_decay)
+        self.progressed = Progressed()
+
+    def share_done(self) -> float:
+        """Give how much of the budget is used, 0 to 1."""
+        if self.recipe.steps:
+            return self.progressed.step / self.recipe.steps
+        return self.progressed.elapsed_s / (60.0 * self.recipe.minutes)
+
+    def step(self) -> None:
+        """Train on one batch."""
+        begin_s = time.perf_counter()
+        rate = self.recipe.learning_rate * rate_factor(self.share_done(), self.recipe)
+        batch = torch.from_numpy(self.sampler.batch(self.progressed.step))
+        loss, logits = training_forward(self.model, batch[:, :-1], batch[:, 1:], self.recipe.dtype)
+        balance, z = router_losses(logits, self.recipe.top_k)
+        (loss + self.recipe.balance_weight * balance + self.recipe.router_z_weight * z).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.progressed.step += 1
+        self.progressed.loss = float(loss.detach())
+        self.progressed.balance = float(balance.detach()) / len(logits)
+        self.progressed.elapsed_s += time.perf_counter() - begin_s
+
+    def save_state(self, path: Path) -> None:
+        """Write all that `load_state` needs to go on exactly; the file appears under its name only when complete."""
+        partial = path.with_name(f".{path.name}.partial")
+        state = {
+            "recipe": asdict(self.recipe),
+            "progressed": asdict(self.progressed),
+            "model": self.model.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+        }
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def load_state(self, path: Path) -> None:
+        """Go on from a saved state; raises ValueError when it was made with another recipe (budget apart)."""
+        state = torch.load(path, weights_only=True)
+        for name, value in asdict(self.recipe).items():
+            if name not in ("minutes", "steps") and state["recipe"][name] != value:
+                raise ValueError(f"{name} must equal the saved run's {state['recipe'][name]!r}, got {value!r}")
+        self.model.load_state_dict(state["model"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.progressed = Progressed(**state["progressed"])
+
+
+def run_training(trainer: Trainer, work: Path, save_every_s: float = 240.0, log_every: int = 20) -> None:
+    """Train until the budget is used; keep a log and, every `save_every_s` seconds, a state to resume in `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    saved_s = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress, (work / LOG_NAME).open("a", encoding="utf-8") as log:
+        task = progress.add_task("training", total=1.0)
+        while trainer.share_done() < 1.0:
+            trainer.step()
+            now = trainer.progressed
+            text = f"step {now.step} loss {now.loss:.3f} balance {now.balance:.3f}"
+            progress.update(task, completed=min(1.0, trainer.share_done()), description=text)
+            if now.step % log_every == 0:
+                log.write(json.dumps(asdict(now)) + "\n")
+                log.flush()
+            if time.perf_counter() - saved_s > save_every_s:
+                trainer.save_state(work / STATE_NAME)
+                saved_s = time.perf_counter()
+    trainer.save_state(work / STATE_NAME)
+
+
+def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a new folder beside `target` and put it in target's place only when it is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fill(partial)
+        partial.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            os.replace(target, old)
+            os.replace(partial, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_checkpoint(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the model (bfloat16 safetensors), its configuration and the tokenizer into `folder`."""
+    stored = Qwen3MoeForCausalLM(model.config).to(torch.bfloat16)
+    stored.load_state_dict({name: value.to(torch.bfloat16) for name, value in model.state_dict().items()})
+    stored.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def _prepare_corpus(folder: Path) -> Corpus:
+    """Load the corpus in `folder`; build it first when it is missing."""
+    if not (folder / MANIFEST_NAME).exists():
+        build_corpus(folder)
+    return load_corpus(folder)
+
+
+def _command(recipe: Recipe, compiled: bool) -> str:
+    """Give the command line that repeats a run: every value that differs from the default."""
+    parts = ["python -m real.models.train --out DIR"]
+    parts += [f"--minutes {recipe.minutes:g}"] if not recipe.steps else [f"--steps {recipe.steps}"]
+    parts += [f"--seed {recipe.seed}"] if recipe.seed != Recipe.seed else []
+    return " ".join([*parts, *(["--compile"] if compiled else [])])
+
+
+def collect_figures(trainer: Trainer, corpus: Corpus, stream_tokens: int, command: str) -> dict[str, Any]:
+    """Give what `training.json` says about a run, without its evaluation."""
+    recipe, config, done = trainer.recipe, trainer.model.config, trainer.progressed
+    parameters = sum(weight.numel() for weight in trainer.model.parameters())
+    expert = 3 * config.hidden_size * config.moe_intermediate_size * config.num_hidden_layers
+    tokens = done.step * recipe.batch_size * recipe.sequence_length
+    return {
+        "format": 1,
+        "command": command,
+        "recipe": asdict(recipe),
+        "parameters": parameters,
+        "active_parameters": parameters - expert * (config.num_experts - config.num_experts_per_tok),
+        "run": {
+            "steps": done.step,
+            "tokens": tokens,
+            "stream_tokens": stream_tokens,
+            "epochs": tokens / stream_tokens,
+            "wall_s": done.elapsed_s,
+            "tokens_per_s": tokens / done.elapsed_s,
+            "threads": torch.get_num_threads(),
+            "last_training_loss": done.loss,
+        },
+        "software": {
+            "python": platform.python_version(),
+            "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__,
+        },
+        "corpus": corpus.manifest,
+    }
+
+
+def publish(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, stream: TokenArray, out: Path, command: str
+) -> dict[str, Any]:
+    """Write checkpoint, figures and card to `out`, evaluated on the stored weights; return the figures."""
+    figures = collect_figures(trainer, corpus, len(stream), command)
+
+    def fill(folder: Path) -> None:
+        write_checkpoint(trainer.model, tokenizer, folder)
+        stored = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        recipe = trainer.recipe
+        figures["weights_bytes"] = (folder / "model.safetensors").stat().st_size
+        figures["lru_tokens"] = LRU_TOKENS
+        sizes = {"length": recipe.sequence_length, "lru_tokens": LRU_TOKENS}
+        figures["evaluation"] = evaluate(stored, tokenizer, corpus.heldout, stream, seed=recipe.seed, **sizes)
+        (folder / "training.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(render_card(figures), encoding="utf-8")
+
+    replace_folder(out, fill)
+    return figures
+
+
+def train_model(
+    recipe: Recipe, corpus: Corpus, out: Path, work: Path, *, resume: bool = False, command: str = ""
+) -> dict[str, Any]:
+    """Train by `recipe` on `corpus` and write the finished model to `out`; `work` keeps the log and the saved state.
+
+    With `resume`, goes on from the state in `work`; raises FileNotFoundError when there is none.
+    """
+    domains = sorted(corpus.train)
+    texts = (text for name in domains for text in corpus.train[name])
+    tokenizer = train_tokenizer(texts, recipe.vocab_size, recipe.max_positions)
+    stream = training_stream(tokenizer, corpus.train, recipe.seed)
+    sampler = SequenceSampler(stream, recipe.sequence_length, recipe.batch_size, recipe.seed)
+    trainer = Trainer(recipe, make_model(recipe, tokenizer), sampler)
+    if resume:
+        trainer.load_state(work / STATE_NAME)
+    run_training(trainer, work)
+    return publish(trainer, tokenizer, corpus, stream, out, command or _command(recipe, compiled=False))
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the finished model; replaced only when all is done.")],
+    minutes: Annotated[float, typer.Option(help="Wall-clock budget; the schedule ends with it.")] = 60.0,
+    steps: Annotated[int, typer.Option(help="Fixed number of steps instead (0: use --minutes).")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, document order and batches.")] = Recipe.seed,
+    corpus: Annotated[Path | None, typer.Option(help="Corpus folder; built there when missing.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder of log and saved state (default: OUT-work).")] = None,
+    threads: Annotated[int, typer.Option(help="Processor threads (0: torch's own choice).")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the saved state in the work folder.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile elementwise code (needs g++).")] = False,
+) -> None:
+    """Train the small model, evaluate it on held-out text and write checkpoint, figures and model card.
+
+    Examples:
+
+      python -m real.models.train --out small --minutes 60 --compile
+
+      python -m real.models.train --out small --minutes 60 --compile --resume
+
+      python -m real.models.train --out trial --steps 50 --corpus texts
+    """
+    if minutes <= 0:
+        raise typer.BadParameter(f"minutes must be positive, got {minutes}")
+    keep_heap_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    if compiled:
+        compile_pieces()
+    recipe = Recipe(minutes=minutes, steps=steps, seed=seed)
+    folder = work or out.with_name(f"{out.name}-work")
+    texts = _prepare_corpus(corpus or default_corpus_dir())
+    train_model(recipe, texts, out, folder, resume=resume, command=_command(recipe, compiled))
+    typer.echo(f"model, figures and card are in {out}")
+
+
+if __name__ == "__main__":
+    app()

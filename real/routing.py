@@ -1,0 +1,166 @@
+"""Watch and steer the routers of a model: taps, routing replay, and what the next layers' routers would choose.
+
+Shapes: T rows of a forward pass (batch * sequence, padding included), E experts a layer, k experts a token, H hidden
+width, D look-ahead depth, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from real.models.families import MoeLayer
+from real.models.load import LoadedModel
+from traces.errors import InputError
+from traces.schema import NOT_ROUTED, Trace
+
+
+@dataclass
+class RouterCall:
+    """One call of one router: what it read and what it returned."""
+
+    layer: int
+    hidden: Tensor  # [T, H], the router's input
+    logits: Tensor  # [T, E]
+    weights: Tensor  # [T, k], in the order of ids
+    ids: Tensor  # [T, k] int64, in no particular order
+
+
+class RouteListener(Protocol):
+    """Something that is told of every router call, and may replace its outcome."""
+
+    def on_route(self, call: RouterCall) -> tuple[Tensor, Tensor] | None:
+        """Returns (weights [T, k], ids [T, k]) to be used instead, or None to leave the router's own."""
+
+
+class RouterTap:
+    """Attaches listeners to every router of a model, for the time of a ``with`` block.
+
+    Listeners are called in the order given; each sees the call as the listeners before it left it.
+    """
+
+    def __init__(self, layers: Sequence[MoeLayer], *listeners: RouteListener) -> None:
+        self._layers = layers
+        self._listeners = listeners
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> RouterTap:
+        for layer in self._layers:
+            self._handles.append(layer.router.register_forward_hook(partial(self._on_forward, layer.index)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _on_forward(
+        self, index: int, router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, ids = output
+        hidden = args[0]
+        call = RouterCall(index, hidden.reshape(-1, hidden.shape[-1]), logits, weights, ids)
+        for listener in self._listeners:
+            replaced = listener.on_route(call)
+            if replaced is not None:
+                call.weights, call.ids = replaced[0].to(weights.dtype), replaced[1].to(ids.dtype)
+        return logits, call.weights, call.ids
+
+
+class Replay:
+    """Routing replay: forces the choices of a recorded or synthetic trace on a model's routers.
+
+    Before each forward pass :meth:`begin_step` is told which row of the trace each row of the pass is. The weights are
+    the trace's gates, or, when it has none or ``own_gates`` is set, those that the family's rule gives the forced
+    experts under this model's logits. Places without a choice (``NOT_ROUTED``, and rows that are not in the trace)
+    get expert 0 with weight 0: a weight of exactly 0 means "not routed" wherever routing is replayed.
+    """
+
+    def __init__(
+        self, trace: Trace, loaded: LoadedModel, *, own_gates: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
+        """Raises :class:`InputError` when the trace has other layers, experts or top-k than the model."""
+        for name, dimension in (("layers", "moe_layers"), ("experts", "experts"), ("top_k", "top_k")):
+            got, wanted = getattr(trace.header, name), getattr(loaded.spec, dimension)
+            if got != wanted:
+                raise InputError(f"trace {name} must be {wanted}, as in model {loaded.spec.name}, got {got}")
+        self._trace = trace
+        self._gates_of: Callable[[Tensor, Tensor], Tensor] = partial(loaded.family.gates, loaded.config)
+        self._recorded_gates = None if own_gates else trace.gates
+        self._device = torch.device(device)
+        self._rows_of = _rows_by_sequence(trace)
+        self._ids = torch.empty(0)
+        self._routed = torch.empty(0)
+        self._gates: Tensor | None = None
+
+    def rows(self, sequences: Sequence[int], mask: Tensor, positions: Tensor) -> npt.NDArray[np.int64]:
+        """The trace's row of every row of a pass [B, S], flat [B * S]; -1 where ``mask`` is false.
+
+        ``sequences`` are the trace's sequence ids of the B lanes. Raises :class:`InputError` for a sequence or a
+        position that the trace does not have.
+        """
+        real, places = mask.cpu().numpy(), positions.cpu().numpy()
+        rows = np.full(real.shape, -1, np.int64)
+        for lane, sequence in enumerate(sequences):
+            rows[lane, real[lane]] = self._rows_at(sequence, places[lane, real[lane]])
+        return rows.reshape(-1)
+
+    def begin_step(self, rows: npt.NDArray[np.int64]) -> None:
+        """Says which trace row each of the T rows of the coming forward pass is; -1 for none."""
+        ids = self._trace.expert_ids[rows].astype(np.int64)  # [T, L, k]
+        routed = (ids != NOT_ROUTED) & (rows >= 0)[:, None, None]
+        self._ids = torch.from_numpy(np.where(routed, ids, 0)).to(self._device)
+        self._routed = torch.from_numpy(routed).to(self._device)
+        if self._recorded_gates is not None:
+            self._gates = torch.from_numpy(self._recorded_gates[rows].astype(np.float32)).to(self._device)
+
+    def on_route(self, call: RouterCall) -> tuple[Tensor, Tensor]:
+        """The trace's choice for this layer; raises ValueError when the pass has other rows than were announced."""
+        if len(self._ids) != len(call.ids):
+            raise ValueError(f"replay was told of {len(self._ids)} rows, but the pass has {len(call.ids)}")
+        ids, routed = self._ids[:, call.layer], self._routed[:, call.layer]
+        weights = self._gates_of(call.logits, ids) if self._gates is None else self._gates[:, call.layer]
+        return weights.masked_fill(~routed, 0.0), ids
+
+    def _rows_at(self, sequence: int, positions: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        if sequence not in self._rows_of:
+            raise InputError(f"sequence must be in the trace, got {sequence}")
+        rows = self._rows_of[sequence]
+        offsets = positions - int(self._trace.position[rows[0]])
+        wrong = (offsets < 0) | (offsets >= len(rows))
+        if wrong.any():
+            raise InputError(
+                f"position must be in the trace's sequence {sequence} of {len(rows)} tokens, "
+                f"got {int(positions[wrong][0])}"
+            )
+        return rows[offsets]
+
+
+def lookahead(hidden: Tensor, layer: int, depth: int, routers: Sequence[nn.Module], top_k: int) -> Tensor:
+    """The experts that the next ``depth`` layers' routers would choose for layer ``layer``'s router input [T, H].
+
+    Returns ids [T, D, k] int64, by descending weight; ``NOT_ROUTED`` for layers beyond the last one. No hook runs.
+    Source: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts Language Models with Offloading" (2023),
+    section 3.2 (speculative loading), for depth 1.
+    """
+    ids = torch.full((len(hidden), depth, top_k), NOT_ROUTED, dtype=torch.int64, device=hidden.device)
+    for ahead, router in enumerate(routers[layer + 1 : layer + 1 + depth]):
+        _, weights, chosen = router.forward(hidden)
+        ids[:, ahead] = chosen.gather(1, weights.argsort(dim=-1, descending=True, stable=True))
+    return ids
+
+
+def _rows_by_sequence(trace: Trace) -> dict[int, npt.NDArray[np.int64]]:
+    """Rows of every sequence, in the order of their positions (rows of a sequence are stored in that order)."""
+    order = np.argsort(trace.sequence, kind="stable")
+    sequences, starts = np.unique(trace.sequence[order], return_index=True)
+    return dict(zip(sequences.tolist(), np.split(order, starts[1:]), strict=True))

@@ -1,0 +1,1 @@
+"""Decisions, and how long they take in simulated time."""

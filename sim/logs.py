@@ -1,0 +1,99 @@
+"""What a clock writes down while it runs, and the rows of the result tables that follow from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sim.plan import LayerPlan, Operation
+from sim.results import RunInfo, RunResult
+from traces.workload import Step
+
+
+class LayerRecord:
+    """One layer of one step: its plan, and the seconds that its resources were busy for it."""
+
+    __slots__ = ("cpu_s", "dense_s", "end_s", "gpu_s", "host_s", "layer", "plan", "step", "transfer_s")
+
+    def __init__(self, step: int, layer: int) -> None:
+        self.step, self.layer = step, layer
+        self.dense_s = self.gpu_s = self.cpu_s = self.transfer_s = self.host_s = self.end_s = 0.0
+        self.plan: LayerPlan | None = None
+
+
+class RunLog:
+    """The log of one run, on either clock. Event rows can be left out, for sweeps."""
+
+    def __init__(self, *, events: bool = True) -> None:
+        self.operations: list[tuple[Any, ...]] = []
+        self.events: list[tuple[Any, ...]] | None = [] if events else None
+        self._steps: list[tuple[Step, float, float, float, list[LayerRecord]]] = []
+
+    def operation(self, step: int, operation: Operation) -> None:
+        """Notes that ``operation`` is being submitted."""
+        _, op, layer, expert, slot, tokens, size, *_ = operation
+        self.operations.append((len(self.operations), step, layer, op, expert, slot, tokens, size))
+
+    def event(self, resource: str, kind: str, record: LayerRecord, expert: int, start_s: float, end_s: float) -> None:
+        """Notes a piece of work on a resource; ``expert`` is -1 for what is no expert's."""
+        if self.events is not None:
+            self.events.append((resource, kind, record.step, record.layer, expert, start_s, end_s))
+
+    def step(self, step: Step, start_s: float, end_s: float, head_s: float, records: list[LayerRecord]) -> None:
+        """Notes that a forward pass has ended; ``records`` has one entry a layer, in order."""
+        self._steps.append((step, start_s, end_s, head_s, records))
+
+    def result(self, info: RunInfo) -> RunResult:
+        """The tables of the run."""
+        tokens, layers = [], []
+        for step, start_s, end_s, head_s, records in self._steps:
+            for sequence, count in zip(step.sequences, step.tokens, strict=True):
+                tokens.append((step.index, int(step.phase), sequence, count, start_s, end_s, head_s))
+            for record in records:
+                layers.append(_layer_row(record, int(step.phase), start_s))
+                start_s = record.end_s
+        return RunResult.of(
+            info,
+            requests=self._requests(),
+            tokens=tokens,
+            layers=layers,
+            events=sorted(self.events or [], key=lambda row: (row[5], row[6], row[0])),
+            operations=self.operations,
+        )
+
+    def _requests(self) -> list[tuple[Any, ...]]:
+        """Every sequence arrives when the batch that it runs in begins, as in an offline run."""
+        rows: dict[int, list[Any]] = {}
+        for step, start_s, end_s, _, _ in self._steps:
+            for sequence, count in zip(step.sequences, step.tokens, strict=True):
+                row = rows.setdefault(sequence, [sequence, start_s, start_s, end_s, end_s, 0, 0])
+                row[4] = end_s
+                row[5 + int(step.phase)] += count
+        return [tuple(row) for row in rows.values()]
+
+
+def _layer_row(record: LayerRecord, phase: int, start_s: float) -> tuple[Any, ...]:
+    plan = record.plan
+    assert plan is not None, "a layer that ended has a plan"
+    wall_s = record.end_s - start_s
+    stall_s = max(0.0, wall_s - record.dense_s - record.gpu_s - record.host_s)
+    return (
+        record.step,
+        record.layer,
+        phase,
+        plan.assignments,
+        plan.union,
+        plan.hits_union,
+        plan.hits_assignments,
+        plan.late_hits,
+        plan.misses,
+        plan.cpu_experts,
+        plan.bytes,
+        start_s,
+        record.end_s,
+        record.dense_s,
+        record.gpu_s,
+        record.cpu_s,
+        record.transfer_s,
+        record.host_s,
+        stall_s,
+    )

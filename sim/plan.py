@@ -1,0 +1,42 @@
+"""What a controller hands to a clock: operations on experts and slots, in the order in which they are submitted."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+COPY, EVICT, GPU, CPU = "copy", "evict", "gpu", "cpu"
+"""The four kinds of operation."""
+
+
+class Operation(NamedTuple):
+    """One thing to do. ``after`` names earlier operations (by ``id``) that have to end before this one begins."""
+
+    id: int
+    op: str
+    layer: int
+    expert: int
+    slot: int
+    tokens: int
+    bytes: int
+    after: tuple[int, ...] = ()
+    prefetch: bool = False
+
+
+class LayerPlan(NamedTuple):
+    """One layer of one forward pass: its operations, and what the cache answered when the layer began.
+
+    ``hits_union`` counts distinct experts that were resident, ``late_hits`` those whose prefetch was still under way,
+    ``misses`` the rest; ``hits_assignments`` counts tokens sent to resident experts; ``bytes`` is what the layer's
+    own copies move.
+    """
+
+    layer: int
+    operations: list[Operation]
+    assignments: int
+    union: int
+    hits_union: int
+    hits_assignments: int
+    late_hits: int
+    misses: int
+    cpu_experts: int
+    bytes: int

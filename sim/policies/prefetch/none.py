@@ -1,0 +1,17 @@
+"""Prefetch nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from sim.policies.base import PrefetchPolicy
+
+
+class NoPrefetch(PrefetchPolicy):
+    """Moves an expert only when it is asked for."""
+
+    name: ClassVar[str] = "none"
+
+    def candidates(self, layer: int, predictions: Sequence[Sequence[int]]) -> Sequence[tuple[int, int]]:
+        return ()

@@ -1,0 +1,141 @@
+"""What a run produced: the same tables for the simulated and for the measured clock, and how they are stored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from traces.errors import InputError
+
+RESULT_VERSION = 1
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "requests": ("sequence", "arrival_s", "start_s", "first_token_s", "end_s", "prompt_tokens", "new_tokens"),
+    "tokens": ("step", "phase", "sequence", "tokens", "start_s", "end_s", "head_s"),
+    "layers": (
+        "step",
+        "layer",
+        "phase",
+        "assignments",
+        "union",
+        "hits_union",
+        "hits_assignments",
+        "late_hits",
+        "misses",
+        "cpu_experts",
+        "bytes",
+        "start_s",
+        "end_s",
+        "dense_s",
+        "gpu_experts_s",
+        "cpu_experts_s",
+        "transfer_s",
+        "host_s",
+        "stall_s",
+    ),
+    "events": ("resource", "kind", "step", "layer", "expert", "start_s", "end_s"),
+    "operations": ("n", "step", "layer", "op", "expert", "slot", "tokens", "bytes"),
+}
+"""Columns of every table, in order; ``docs/metrics.md`` defines each one."""
+
+
+class ResultError(InputError):
+    """A stored result cannot be read, or would overwrite something else."""
+
+
+class RunInfo(BaseModel):
+    """Where a result comes from: enough to tell whether two results may be compared."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    result_version: int = RESULT_VERSION
+    source: Literal["simulated", "measured"]
+    model: str
+    hardware: str
+    system: dict[str, Any]
+    capacity_slots: int
+    capacity_bytes: int
+    staging_slots: int
+    trace_digest: str
+    workload: dict[str, Any]
+    costs: str = ""
+    seed: int = 0
+    synthetic: bool = False
+    software: dict[str, str] = {}
+    notes: list[str] = []
+
+
+@dataclass
+class RunResult:
+    """One run, on either clock. All times are seconds since the run began; a table may have no rows."""
+
+    info: RunInfo
+    requests: pd.DataFrame
+    tokens: pd.DataFrame
+    layers: pd.DataFrame
+    events: pd.DataFrame
+    operations: pd.DataFrame
+
+    @classmethod
+    def of(cls, info: RunInfo, **rows: list[tuple[Any, ...]]) -> RunResult:
+        """Builds the tables from lists of tuples in the order of :data:`COLUMNS`; tables left out are empty."""
+        tables = {name: pd.DataFrame(rows.get(name, []), columns=list(columns)) for name, columns in COLUMNS.items()}
+        return cls(info=info, **tables)
+
+    def save(self, folder: Path, *, force: bool = False) -> Path:
+        """Writes ``run.json`` and one Parquet file a table; the folder appears complete or not at all.
+
+        Raises :class:`ResultError` when ``folder`` holds other files and ``force`` is not given.
+        """
+
+        def write(target: Path) -> None:
+            for name in COLUMNS:
+                getattr(self, name).to_parquet(target / f"{name}.parquet", index=False)
+            (target / "run.json").write_text(self.info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+        return write_folder(folder, write, force=force)
+
+    @classmethod
+    def load(cls, folder: Path) -> RunResult:
+        """Reads what :meth:`save` wrote; raises :class:`ResultError` naming the file that is missing or wrong."""
+        try:
+            info = RunInfo.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+            tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in COLUMNS}
+        except (OSError, ValueError, ValidationError) as error:
+            raise ResultError(f"{folder} must be a result folder of moetwin, got: {error}") from error
+        for name, columns in COLUMNS.items():
+            if tuple(tables[name].columns) != columns:
+                raise ResultError(f"{folder / name}.parquet must have columns {columns}")
+        return cls(info=info, **tables)
+
+
+def check_folder(folder: Path, *, force: bool) -> None:
+    """Raises :class:`ResultError` when ``folder`` exists with something in it and ``force`` is not given."""
+    if folder.is_file():
+        raise ResultError(f"out must be a folder, got the file {folder}")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise ResultError(f"out must be an empty or new folder (or give --force), got {folder} with files in it")
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], *, force: bool = False) -> Path:
+    """Calls ``write(temporary folder)`` and moves the outcome to ``folder``, so that no partial result is ever seen."""
+    check_folder(folder, force=force)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir()
+        write(draft)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder

@@ -1,0 +1,108 @@
+"""One simulated run: a workload, a system and a budget in; a RunResult out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+
+import numpy as np
+
+from sim.controller import ExpertShape, OffloadController, Predicted
+from sim.costs import Costs
+from sim.engine import Engine, Predictions
+from sim.results import RunInfo, RunResult
+from sim.systems import Budget, SystemSpec
+from traces.errors import InputError
+from traces.schema import NOT_ROUTED, Trace
+from traces.workload import Step, Workload, next_uses, routings
+
+
+def build_controller(workload: Workload, system: SystemSpec, budget: Budget, costs: Costs) -> OffloadController:
+    """The controller of a run whose routing is ``workload``; either clock may run it.
+
+    Raises :class:`InputError` when the trace lacks what the system's policies need.
+    """
+    header = workload.trace.header
+    check_needs(workload.trace, system)
+    sizes = set(header.expert_bytes)
+    if len(sizes) > 1:
+        raise InputError(f"expert_bytes must be equal in all layers to run a trace, got {sorted(sizes)}")
+    shape = ExpertShape(header.layers, header.experts, header.top_k, sizes.pop())
+    predicted = Predicted(costs.gpu_expert_s, costs.cpu_expert_s, costs.copy_s(shape.expert_bytes))
+    future = next_uses(workload) if "future" in system.needs else None
+    return OffloadController(system, shape, budget, predicted, future)
+
+
+def check_needs(trace: Trace, system: SystemSpec) -> None:
+    """Raises :class:`InputError` unless ``trace`` has what the policies of ``system`` ask for."""
+    if trace.lookahead_depth < system.lookahead_depth:
+        raise InputError(
+            f"trace must have look-ahead of depth {system.lookahead_depth} for prefetch {system.prefetch}, "
+            f"got depth {trace.lookahead_depth}"
+        )
+
+
+def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
+    """For a step: by layer, by distance, the experts that the look-ahead names, most often named first.
+
+    Experts named equally often come in the order of the first token that names them, then by rank.
+    """
+
+    def of_step(step: Step) -> Predictions:
+        if not depth or trace.lookahead is None:
+            return ()
+        ids = trace.lookahead[step.rows, :, :depth]  # [n, L, D, K]
+        return [[_by_count(ids[:, layer, ahead]) for ahead in range(depth)] for layer in range(ids.shape[1])]
+
+    return of_step
+
+
+def _by_count(ids: np.ndarray) -> list[int]:
+    counts = Counter(ids.ravel().tolist())
+    counts.pop(NOT_ROUTED, None)
+    return [expert for expert, _ in counts.most_common()]
+
+
+def simulate(
+    workload: Workload,
+    system: SystemSpec,
+    budget: Budget,
+    costs: Costs,
+    *,
+    hardware: str,
+    events: bool = True,
+    progress: Callable[[], None] = lambda: None,
+) -> RunResult:
+    """Runs ``workload`` in simulated time. ``hardware`` names the machine that ``costs`` describe."""
+    controller = build_controller(workload, system, budget, costs)
+    engine = Engine(controller, costs, events=events)
+    trace = workload.trace
+    predictions = predictions_of(trace, system.lookahead_depth)
+    engine.run(workload.steps, lambda step: routings(trace, step), predictions, progress)
+    return engine.log.result(run_info("simulated", workload, controller, hardware=hardware, costs=costs.name))
+
+
+def run_info(
+    source: str, workload: Workload, controller: OffloadController, *, hardware: str, costs: str = ""
+) -> RunInfo:
+    """The header of a result, filled from what was run."""
+    header, budget = workload.trace.header, controller.budget
+    pools = 1 if controller.system.scope == "global" else header.layers
+    slots = pools * budget.slots
+    return RunInfo.model_validate(
+        {
+            "source": source,
+            "model": header.model,
+            "hardware": hardware,
+            "system": controller.system.model_dump(),
+            "capacity_slots": slots,
+            "capacity_bytes": slots * controller.shape.expert_bytes,
+            "staging_slots": budget.staging,
+            "trace_digest": workload.trace.digest,
+            "workload": workload.describe(),
+            "costs": costs,
+            "synthetic": header.synthetic,
+            "software": {name: version(name) for name in ("numpy", "simpy")},
+        }
+    )

@@ -1,0 +1,104 @@
+"""ModelSpec: the dimensions of a Mixture-of-Experts model, and the bytes and FLOPs that follow from them."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+BITS_PER_WEIGHT: dict[str, float] = {
+    "fp32": 32,
+    "bf16": 16,
+    "fp16": 16,
+    "int8": 8,
+    "int4": 4.25,
+    "q4_k": 4.5,
+    "mxfp4": 4.25,
+}
+"""Bits a weight takes on average; int4 counts the scales of groups of 64, mxfp4 the 8-bit scales of groups of 32."""
+
+
+class ModelSpec(BaseModel):
+    """A model's dimensions. Every field is a count, or a number of elements; bytes are derived."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    source: str = Field(description="where the dimensions were read")
+    layers: PositiveInt = Field(description="decoder layers, dense ones included")
+    moe_layers: PositiveInt
+    experts: PositiveInt = Field(description="routed experts in an MoE layer")
+    top_k: PositiveInt
+    hidden: PositiveInt
+    expert_width: PositiveInt
+    expert_matrices: PositiveInt = Field(default=3, description="3 for gated experts, 2 for plain ones")
+    expert_biases: NonNegativeInt = Field(default=0, description="bias elements of one expert")
+    shared_width: NonNegativeInt = Field(default=0, description="summed width of the shared experts of a layer")
+    dense_width: NonNegativeInt = Field(default=0, description="feed-forward width of a dense layer")
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    projection_elements: NonNegativeInt = Field(
+        default=0, description="weights of a layer's attention projections, 0: those of the grouped-query form"
+    )
+    kv_elements: NonNegativeInt = Field(
+        default=0, description="KV elements a token and layer, 0: 2 * kv_heads * head_dim"
+    )
+    vocab: PositiveInt
+    tied_embeddings: bool = False
+    dtype: str = Field(default="bf16", description="of everything outside the experts")
+    expert_bits: PositiveFloat = Field(default=16.0, description="bits a weight of a routed expert")
+
+    @property
+    def bytes_per_element(self) -> float:
+        return BITS_PER_WEIGHT[self.dtype] / 8
+
+    @property
+    def expert_elements(self) -> int:
+        """Weights and biases of one routed expert."""
+        return self.expert_matrices * self.hidden * self.expert_width + self.expert_biases
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one routed expert as it is stored and copied."""
+        return round(self.expert_elements * self.expert_bits / 8)
+
+    @property
+    def attention_elements(self) -> int:
+        """Weights of one layer's attention projections; multi-head latent attention states its own number."""
+        return self.projection_elements or self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+
+    @property
+    def moe_layer_elements(self) -> int:
+        """Weights of an MoE layer outside its routed experts: attention, router, shared experts, two norms."""
+        return self.attention_elements + self.hidden * (self.experts + 3 * self.shared_width + 2)
+
+    @property
+    def dense_elements(self) -> int:
+        """Weights outside the routed experts in the whole model, embeddings included."""
+        dense_layers = self.layers - self.moe_layers
+        dense = dense_layers * (self.attention_elements + self.hidden * (3 * self.dense_width + 2))
+        embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+        return dense + self.moe_layers * self.moe_layer_elements + embeddings + self.hidden
+
+    @property
+    def total_elements(self) -> int:
+        """Weights of the whole model, routed experts included: its parameter count."""
+        return self.dense_elements + self.moe_layers * self.experts * self.expert_elements
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes on the GPU that no offloading policy moves."""
+        return round(self.dense_elements * self.bytes_per_element)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache that one token adds, over all layers."""
+        elements = self.kv_elements or 2 * self.kv_heads * self.head_dim
+        return round(self.layers * elements * self.bytes_per_element)
+
+    def with_experts_in(self, quant: str) -> ModelSpec:
+        """The same model with its routed experts stored as ``quant``, a key of :data:`BITS_PER_WEIGHT`."""
+        return self.model_copy(update={"expert_bits": BITS_PER_WEIGHT[quant]})
+
+    def in_dtype(self, dtype: str) -> ModelSpec:
+        """The same model with all its weights in ``dtype``."""
+        return self.model_copy(update={"dtype": dtype, "expert_bits": BITS_PER_WEIGHT[dtype]})

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import kendalltau
+
+from analysis import metrics
+from analysis.frames import COMPONENTS, requests_frame, step_frame
+from sim.results import RunResult
+from traces.errors import InputError
+
+SECONDS = st.floats(1e-6, 1e3, allow_nan=False)
+POINTS = st.lists(st.tuples(SECONDS, SECONDS), min_size=2, max_size=30)
+LAYERS = pd.DataFrame(
+    {"union": [4, 2], "hits_union": [1, 2], "late_hits": [1, 0], "assignments": [10, 6], "hits_assignments": [7, 6]}
+)
+
+
+def test_hit_ratios() -> None:
+    assert metrics.hit_ratio_union(LAYERS) == pytest.approx(3 / 6)
+    assert metrics.hit_ratio_assignments(LAYERS) == pytest.approx(13 / 16)
+    assert metrics.late_hit_ratio(LAYERS) == pytest.approx(1 / 6)
+
+
+def test_nothing_observed_is_not_a_number() -> None:
+    assert math.isnan(metrics.hit_ratio_union(LAYERS.iloc[:0]))
+    assert math.isnan(metrics.percentile([], 50))
+    assert math.isnan(metrics.ratio(1.0, 0.0))
+
+
+def test_percentile_interpolates() -> None:
+    assert metrics.percentile([12.0, 8.0, 10.0], 50) == 10.0
+    assert metrics.percentile([12.0, 8.0, 10.0], 90) == pytest.approx(11.6)
+    assert metrics.percentile([12.0, 8.0, 10.0], 99) == pytest.approx(11.96)
+
+
+def test_summary_of_a_run(measured: RunResult) -> None:
+    summary = metrics.summarise_run(step_frame(measured), requests_frame(measured), measured.events)
+    assert summary.tokens == 3
+    assert summary.tokens_per_s == pytest.approx(3 / 0.030)
+    assert summary.tpot_p50_s == pytest.approx(0.010)
+    assert summary.tpot_p90_s == pytest.approx(0.0116)
+    assert summary.tpot_p99_s == pytest.approx(0.01196)
+    assert summary.ttft_s == pytest.approx(0.020)
+    assert summary.hit_ratio_union == pytest.approx(8 / 12)
+    assert summary.hit_ratio_assignments == pytest.approx(8 / 12)
+    assert summary.late_hit_ratio == pytest.approx(1 / 12)
+    assert summary.bytes_per_token == pytest.approx(200 / 3)
+    assert summary.stall_share == pytest.approx(5.5 / 30)
+    assert summary.busy["gpu"] == pytest.approx((4 + 8 + 3 * 6) / 50)
+    assert summary.busy["host"] == pytest.approx(4 / 50)
+    assert summary.busy["link"] == pytest.approx(5.25 / 50)
+
+
+def test_lanes_weigh_the_time_per_token(measured: RunResult) -> None:
+    steps = step_frame(measured).assign(lanes=[1, 1, 4, 1])
+    summary = metrics.summarise_run(steps, requests_frame(measured), measured.events)
+    assert summary.tpot_p50_s == pytest.approx(0.012)
+
+
+def test_component_shares(measured: RunResult) -> None:
+    steps = step_frame(measured).iloc[1:]
+    shares = metrics.component_shares(steps)
+    assert shares["dense_s"] == pytest.approx(6 / 30)
+    assert shares["gpu_experts_s"] == pytest.approx(12 / 30)
+    assert shares["other_s"] == pytest.approx(0.5 / 30)
+    assert list(shares) == list(COMPONENTS)
+    assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_overlapping_work_is_counted_once() -> None:
+    assert metrics.covered_s([0.0, 1.0, 5.0], [3.0, 2.0, 6.0]) == pytest.approx(4.0)
+    assert metrics.covered_s([5.0, 0.0, 2.5], [6.0, 3.0, 4.0]) == pytest.approx(5.0)
+    assert metrics.covered_s([], []) == 0.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 10)), max_size=20))
+def test_covered_time_is_what_a_ruler_says(pieces: list[tuple[int, int]]) -> None:
+    ruler = {tick for start, length in pieces for tick in range(start, start + length)}
+    starts, ends = [start for start, _ in pieces], [start + length for start, length in pieces]
+    assert metrics.covered_s(starts, ends) == pytest.approx(len(ruler))
+
+
+def test_errors() -> None:
+    summary = metrics.summarise_errors([10.0, 12.0, 8.0], [11.0, 12.0, 6.0])
+    assert summary.tokens == 3
+    assert summary.median == pytest.approx(0.1)
+    assert summary.mape == pytest.approx(0.35 / 3)
+    assert summary.p90 == pytest.approx(0.22)
+    assert summary.p99 == pytest.approx(0.247)
+    assert summary.worst == pytest.approx(0.25)
+    assert summary.bias == pytest.approx(-0.05)
+
+
+def test_no_tokens_have_no_error() -> None:
+    summary = metrics.summarise_errors([], [])
+    assert summary.tokens == 0
+    assert math.isnan(summary.median)
+    assert math.isnan(summary.bias)
+
+
+@pytest.mark.parametrize("measured", [[0.0, 1.0], [-1.0, 1.0], [math.nan, 1.0]])
+def test_measured_times_must_be_positive(measured: list[float]) -> None:
+    with pytest.raises(InputError, match="measured latency must be above 0 s"):
+        metrics.absolute_errors(measured, [1.0, 1.0])
+
+
+def test_errors_need_pairs() -> None:
+    with pytest.raises(InputError, match=r"simulated must have as many tokens as measured \(2\), got 1"):
+        metrics.signed_errors([1.0, 2.0], [1.0])
+
+
+@given(st.lists(SECONDS, min_size=1, max_size=20), st.floats(0.01, 100.0))
+def test_errors_have_no_unit(measured: list[float], unit: float) -> None:
+    simulated = [1.3 * value for value in measured]
+    scaled = metrics.absolute_errors(np.multiply(measured, unit), np.multiply(simulated, unit))
+    assert scaled == pytest.approx(metrics.absolute_errors(measured, simulated))
+    assert scaled == pytest.approx(np.full(len(measured), 0.3))
+
+
+def test_skill() -> None:
+    assert metrics.skill([10.0, 12.0, 8.0], [11.0, 12.0, 6.0], 10.0) == pytest.approx(0.1 / (1 / 6))
+
+
+def test_skill_against_a_perfect_constant_is_not_a_number() -> None:
+    assert math.isnan(metrics.skill([1.0, 1.0], [1.1, 1.1], 1.0))
+
+
+@given(st.lists(SECONDS, min_size=1, max_size=20), SECONDS)
+def test_the_constant_itself_has_skill_one(measured: list[float], constant: float) -> None:
+    value = metrics.skill(measured, [constant] * len(measured), constant)
+    assert math.isnan(value) or value == pytest.approx(1.0)
+
+
+@given(st.lists(SECONDS, min_size=2, max_size=20, unique=True))
+def test_a_perfect_simulation_has_skill_zero(measured: list[float]) -> None:
+    assert metrics.skill(measured, measured, 2e3) == 0.0
+
+
+def test_noise_floor() -> None:
+    repeats = [[10.0, 20.0, 5.0], [11.0, 22.0, 5.0], [13.0, 26.0, 5.5]]
+    assert metrics.noise_floor(repeats) == pytest.approx(0.1)
+    assert metrics.noise_floor([[1.0], [1.2]]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("repeats", [[[1.0, 2.0]], [], [[], []]])
+def test_noise_needs_two_repeats(repeats: list[list[float]]) -> None:
+    assert math.isnan(metrics.noise_floor(repeats))
+
+
+def test_tau_by_hand() -> None:
+    agreement = metrics.kendall_tau([1.0, 2.0, 3.0], [1.0, 3.0, 2.0])
+    assert agreement.tau == pytest.approx(1 / 3)
+    assert agreement.left_out == 0.0
+
+
+def test_pairs_within_the_noise_are_left_out() -> None:
+    agreement = metrics.kendall_tau([1.0, 1.01, 2.0], [1.1, 1.0, 2.0], noise=0.05)
+    assert agreement.tau == 1.0
+    assert agreement.left_out == pytest.approx(1 / 3)
+    assert metrics.kendall_tau([1.0, 1.01, 2.0], [1.1, 1.0, 2.0]).tau == pytest.approx(1 / 3)
+
+
+def test_tau_of_one_point_is_not_a_number() -> None:
+    agreement = metrics.kendall_tau([1.0], [1.0])
+    assert math.isnan(agreement.tau)
+    assert math.isnan(agreement.left_out)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=2, max_size=25))
+def test_without_noise_it_is_tau_b(points: list[tuple[int, int]]) -> None:
+    ours, theirs = zip(*points, strict=True)
+    expected = float(kendalltau(ours, theirs).statistic) if len({*ours}) > 1 and len({*theirs}) > 1 else math.nan
+    assert metrics.kendall_tau(ours, theirs).tau == pytest.approx(expected, nan_ok=True)
+
+
+@given(st.lists(SECONDS, min_size=2, max_size=20, unique=True), st.floats(0, 0.5))
+def test_the_same_order_has_tau_one(measured: list[float], noise: float) -> None:
+    ranks = np.argsort(np.argsort(measured)) + 1.0
+    agreement = metrics.kendall_tau(measured, ranks, noise)
+    assert agreement.tau == pytest.approx(1.0) or agreement.left_out == 1.0
+
+
+@given(POINTS, st.floats(0, 0.5))
+def test_reversing_one_side_turns_the_sign(points: list[tuple[float, float]], noise: float) -> None:
+    ours, theirs = (np.array(side) for side in zip(*points, strict=True))
+    forward, backward = (metrics.kendall_tau(ours, side, noise).tau for side in (theirs, -theirs))
+    assert forward == pytest.approx(-backward, nan_ok=True)

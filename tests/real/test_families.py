@@ -1,0 +1,245 @@
+"""Every family: dimensions, modules, experts and the router's rule; and loading by name, path and spec."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from real.models import families
+from real.models.families import FAMILIES, family_for
+from real.models.load import SMALL_FOLDER, SMALL_NAME, load, load_spec
+from sim.spec import catalogue
+from tests.real import tiny
+from traces.errors import InputError
+
+EVERY = pytest.mark.parametrize("model_type", list(FAMILIES))
+
+
+def router_input(rows: int = 24) -> torch.Tensor:
+    return torch.randn(rows, 32, generator=torch.Generator().manual_seed(1))
+
+
+@EVERY
+def test_config_and_spec_are_inverse(model_type: str) -> None:
+    spec = tiny.SPECS[model_type]
+    family = FAMILIES[model_type]
+    back = family.spec(family.config(spec), spec.name).in_dtype("fp32")
+    assert back == spec.model_copy(update={"source": back.source})
+
+
+@EVERY
+def test_every_moe_layer_is_found_in_order(model_type: str) -> None:
+    loaded = tiny.model(model_type)
+    decoder = loaded.model.get_decoder().layers
+    dense = len(decoder) - loaded.spec.moe_layers
+    assert [layer.index for layer in loaded.layers] == [0, 1]
+    assert [layer.block for layer in loaded.layers] == [one.mlp for one in decoder[dense:]]
+
+
+@EVERY
+def test_spec_counts_the_weights_that_the_model_has(model_type: str) -> None:
+    loaded = tiny.model(model_type)
+    experts = sum(weight.numel() for layer in loaded.layers for weight in layer.experts.parameters())
+    assert experts == 2 * 8 * loaded.spec.expert_elements
+    weights = sum(weight.numel() for weight in loaded.model.parameters() if weight.ndim > 1) - experts
+    norms = loaded.spec.hidden * (2 * loaded.spec.layers + 1)
+    gate_of_shared = 2 * loaded.spec.hidden if model_type == "qwen2_moe" else 0
+    assert weights == loaded.spec.dense_elements - norms + gate_of_shared
+
+
+@EVERY
+def test_gates_are_the_routers_own_weights(model_type: str) -> None:
+    loaded = tiny.model(model_type)
+    logits, weights, ids = loaded.layers[0].router(router_input())
+    gates = loaded.family.gates(loaded.config, logits, ids)
+    assert gates.dtype == weights.dtype
+    torch.testing.assert_close(gates, weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_gates_follow_the_configuration(norm: bool) -> None:
+    loaded = load_spec(tiny.SPECS["qwen2_moe"], with_experts=True)
+    loaded.config.norm_topk_prob = loaded.layers[0].router.norm_topk_prob = norm
+    logits, weights, ids = loaded.layers[0].router(router_input())
+    torch.testing.assert_close(loaded.family.gates(loaded.config, logits, ids), weights, rtol=1e-6, atol=0)
+    assert bool((weights.sum(-1) > 0.999).all()) == norm
+
+
+def test_deepseek_gates_are_scaled() -> None:
+    family = FAMILIES["deepseek_v2"]
+    config = family.config(tiny.SPECS["deepseek_v2"])
+    config.routed_scaling_factor = 16.0
+    gates = family.gates(config, torch.zeros(1, 8), torch.tensor([[1, 5]]))
+    assert gates.tolist() == [[2.0, 2.0]]
+
+
+@EVERY
+def test_experts_tensors_compute_what_the_experts_compute(model_type: str) -> None:
+    loaded = tiny.model(model_type)
+    hidden, experts = router_input(4), loaded.layers[1].experts
+    gate_up, down = loaded.family.experts_tensors(experts, 5)
+    assert gate_up.is_contiguous()
+    assert down.is_contiguous()
+    gate, up = F.linear(hidden, gate_up).chunk(2, dim=-1)
+    by_hand = F.linear(loaded.family.act_fn(loaded.config)(gate) * up, down)
+    theirs = experts(hidden, torch.full((4, 1), 5), torch.ones(4, 1))
+    torch.testing.assert_close(by_hand, theirs)
+
+
+def test_unknown_family_names_itself_and_the_supported() -> None:
+    with pytest.raises(InputError, match=r"model_type must be one of qwen3_moe, olmoe, .*, got 'llama'"):
+        families.family("llama")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "rule"),
+    [
+        ("mixtral", {"moe_layers": 1}, "an MoE block in every layer"),
+        ("mixtral", {"shared_width": 8}, "no shared experts"),
+        ("olmoe", {"head_dim": 16}, "heads \\* head_dim equal to hidden"),
+        ("qwen3_moe", {"expert_matrices": 2}, "gated experts without biases"),
+        ("qwen3_moe", {"kv_elements": 8}, "grouped-query attention"),
+        ("qwen2_moe", {"shared_width": 0}, "a shared expert"),
+        ("deepseek_v2", {"kv_elements": 0}, "a latent KV cache"),
+        ("deepseek_v2", {"shared_width": 24}, "shared experts of the routed experts' width"),
+    ],
+)
+def test_dimensions_that_a_family_cannot_have(model_type: str, change: dict[str, int], rule: str) -> None:
+    with pytest.raises(InputError, match=f"model must have {rule} to be built as {model_type}, got 'tiny-"):
+        FAMILIES[model_type].config(tiny.SPECS[model_type].model_copy(update=change))
+
+
+@pytest.mark.parametrize("name", [name for name in catalogue.model_names() if not name.startswith("gpt-oss")])
+def test_catalogue_models_are_built_at_their_dimensions(name: str) -> None:
+    spec = catalogue.model(name)
+    family = family_for(spec)
+    assert family.spec(family.config(spec), name) == spec.model_copy(update={"source": "the model's config"})
+
+
+def test_random_weights_leave_the_experts_unallocated_and_change_nothing_else() -> None:
+    spec = tiny.SPECS["qwen3_moe"]
+    bare, full, other = load_spec(spec), load_spec(spec, with_experts=True), load_spec(spec, seed=1)
+    on_meta = {name for name, weight in bare.model.named_parameters() if weight.is_meta}
+    assert on_meta == {f"model.layers.{i}.mlp.experts.{name}" for i in (1, 2) for name in ("gate_up_proj", "down_proj")}
+    assert not any(buffer.is_meta for buffer in bare.model.buffers())
+    weights = dict(full.model.named_parameters())
+    assert all(torch.equal(weights[name], w) for name, w in bare.model.named_parameters() if not w.is_meta)
+    assert not torch.equal(full.model.lm_head.weight, other.model.lm_head.weight)
+    assert bare.model.lm_head.weight is bare.model.get_input_embeddings().weight
+    assert float(full.layers[1].experts.down_proj.std()) == pytest.approx(0.02, rel=0.1)
+
+
+def test_loading_leaves_the_global_random_state_alone() -> None:
+    before = torch.random.get_rng_state()
+    load_spec(tiny.SPECS["olmoe"])
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_dtype_is_that_asked_for() -> None:
+    loaded = load_spec(tiny.SPECS["mixtral"], dtype="bf16")
+    assert loaded.model.lm_head.weight.dtype == torch.bfloat16
+    assert loaded.spec.expert_bytes == 3 * 32 * 16 * 2
+    with pytest.raises(InputError, match=r"dtype must be a known name, got 'fp61' \(did you mean fp16"):
+        load_spec(tiny.SPECS["mixtral"], dtype="fp61")
+
+
+@EVERY
+def test_checkpoint_comes_back_as_it_was_saved(model_type: str, tmp_path, capfd) -> None:
+    original = tiny.model(model_type)
+    original.model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    capfd.readouterr()
+    loaded = load(str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+    weights = dict(original.model.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in loaded.model.named_parameters())
+    assert loaded.spec == original.spec.model_copy(update={"name": tmp_path.name, "source": loaded.spec.source})
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer("ab<end>")["input_ids"][-1] == tiny.END
+    assert len(loaded.revision) == 64
+    assert not loaded.model.training
+
+
+def test_revision_follows_the_weights(tmp_path) -> None:
+    tiny.model().model.save_pretrained(tmp_path)
+    before = load(str(tmp_path)).revision
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    assert load(str(tmp_path)).revision != before
+
+
+def test_unknown_name_offers_the_near_ones() -> None:
+    with pytest.raises(
+        InputError, match=r"model must be a known name, got 'moetwin-smal' \(did you mean moetwin-small"
+    ):
+        load("moetwin-smal")
+    with pytest.raises(InputError, match="did you mean mixtral-8x7b"):
+        load("mixtral-8x7", random_weights=True)
+
+
+def test_path_must_exist(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"model must be a folder that exists, got .*/nowhere"):
+        load(str(tmp_path / "nowhere"))
+
+
+def test_small_model_that_is_not_installed_is_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("real.models.load.SMALL_FOLDER", tmp_path / "small")
+    with pytest.raises(InputError, match=r"with a config.json, got .*/small without one"):
+        load(SMALL_NAME)
+
+
+def test_catalogue_name_needs_random_weights() -> None:
+    with pytest.raises(InputError, match=r"give --random-weights\), got the catalogue name 'olmoe-1b-7b'"):
+        load("olmoe-1b-7b")
+
+
+def test_random_weights_do_not_go_with_a_checkpoint(tmp_path) -> None:
+    with pytest.raises(InputError, match="random_weights must go with a catalogue model"):
+        load(str(tmp_path), random_weights=True)
+
+
+def test_broken_checkpoints_are_named(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"with a config.json, got .* without one"):
+        load(str(tmp_path))
+    (tmp_path / "config.json").write_text("{]")
+    with pytest.raises(InputError, match="must be JSON with a model_type"):
+        load(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(InputError, match="got 'llama'"):
+        load(str(tmp_path))
+    tiny.model().config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="must be a checkpoint that transformers can load"):
+        load(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"\x08")
+    with pytest.raises(InputError, match="must be a checkpoint that transformers can load"):
+        load(str(tmp_path))
+
+
+def test_missing_weights_are_not_made_up(tmp_path, caplog) -> None:
+    tiny.model().model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING), pytest.raises(InputError, match=r"got none for model\.norm\.weight"):
+        load(str(tmp_path))
+
+
+@pytest.mark.skipif(
+    not (SMALL_FOLDER / "model.safetensors").is_file(), reason="the small model is not in this checkout"
+)
+def test_shipped_model_loads_and_decodes() -> None:
+    loaded = load(SMALL_NAME)
+    assert loaded.spec.name == SMALL_NAME
+    assert loaded.spec.moe_layers >= 8
+    assert loaded.spec.experts >= 16
+    assert loaded.tokenizer is not None
+    prompt = list(loaded.tokenizer("The history of the")["input_ids"])
+    assert len(tiny.greedy(loaded, [prompt], 3)[0]) == 3

@@ -1,0 +1,233 @@
+"""The catalogues: dimensions against published sizes, machines and their parts, and a user's own file."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError, field_validator
+from typer.testing import CliRunner
+
+from sim.cli import hardware_app, models_app
+from sim.spec import catalogue
+from traces.errors import InputError
+
+EXPERT_MB = {
+    "mixtral-8x7b": 352.3,
+    "mixtral-8x22b": 604.0,
+    "phi-3.5-moe": 157.3,
+    "qwen1.5-moe-a2.7b": 17.3,
+    "qwen2-57b-a14b": 55.1,
+    "qwen3-30b-a3b": 9.4,
+    "deepseek-v2-lite": 17.3,
+    "deepseek-v3": 88.1,
+    "olmoe-1b-7b": 12.6,
+    "gpt-oss-20b": 49.8,
+    "gpt-oss-120b": 49.8,
+}
+"""Megabytes of one expert in bf16."""
+
+PARAMETERS_B = {
+    "mixtral-8x7b": 46.7,
+    "mixtral-8x22b": 141,
+    "phi-3.5-moe": 41.9,
+    "qwen1.5-moe-a2.7b": 14.3,
+    "qwen2-57b-a14b": 57.4,
+    "qwen3-30b-a3b": 30.5,
+    "deepseek-v2-lite": 15.7,
+    "deepseek-v3": 671,
+    "olmoe-1b-7b": 6.92,
+    "gpt-oss-20b": 20.9,
+    "gpt-oss-120b": 117,
+}
+"""Parameters that the authors state, in billions, to three digits."""
+
+MACHINE = """
+name = "mine"
+[gpu]
+name = "g"
+source = "data sheet"
+memory_bytes = 8_000_000_000
+bytes_per_s = 400e9
+flops_per_s = 50e12
+[cpu]
+name = "c"
+source = "measured"
+bytes_per_s = 30e9
+flops_per_s = 1e12
+[link]
+name = "l"
+source = "measured"
+bytes_per_s = 12e9
+[host]
+source = "measured"
+"""
+
+
+def test_every_model_has_its_published_sizes_checked() -> None:
+    assert set(catalogue.model_names()) == EXPERT_MB.keys() == PARAMETERS_B.keys()
+
+
+@pytest.mark.parametrize(("name", "megabytes"), EXPERT_MB.items())
+def test_bytes_of_an_expert_in_bf16(name: str, megabytes: float) -> None:
+    spec = catalogue.model(name).with_experts_in("bf16")
+    assert round(spec.expert_bytes / 1e6, 1) == megabytes
+
+
+@pytest.mark.parametrize(("name", "billions"), PARAMETERS_B.items())
+def test_dimensions_add_up_to_the_published_parameter_count(name: str, billions: float) -> None:
+    assert float(f"{catalogue.model(name).total_elements / 1e9:.3g}") == billions
+
+
+def test_gpt_oss_experts_are_counted_as_released() -> None:
+    assert round(catalogue.model("gpt-oss-20b").expert_bytes / 1e6, 1) == 13.2
+
+
+def test_latent_attention_caches_the_compressed_vector() -> None:
+    lite = catalogue.model("deepseek-v2-lite")
+    assert lite.kv_bytes_per_token == 27 * (512 + 64) * 2
+    assert lite.attention_elements == 2048 * 16 * 192 + 2048 * 576 + 512 * 16 * 256 + 16 * 128 * 2048
+
+
+@pytest.mark.parametrize("name", catalogue.model_names())
+def test_every_model_says_where_its_numbers_were_read(name: str) -> None:
+    assert re.search(r"\[[PMNI]\]", catalogue.model(name).source)
+
+
+def test_an_unknown_model_offers_the_near_name() -> None:
+    with pytest.raises(InputError, match=r"model must be a known name, got 'qwen3-30b' \(did you mean qwen3-30b-a3b"):
+        catalogue.model("qwen3-30b")
+
+
+@pytest.mark.parametrize("name", catalogue.hardware_names())
+def test_every_machine_is_complete_and_every_part_has_a_marked_source(name: str) -> None:
+    spec = catalogue.hardware(name)
+    assert spec.name == name
+    for text in (spec.source, spec.gpu.source, spec.cpu.source, spec.link.source, spec.host.source):
+        assert re.search(r"\[[PMNI]\]", text)
+
+
+def test_every_part_is_valid_and_has_a_marked_source() -> None:
+    for kind in ("gpu", "cpu", "link", "host"):
+        base = {"gpu": "a6000", "cpu": "xeon6330", "link": "pcie4-x16", "host": "python"}
+        for name in catalogue.part_names(kind):
+            spec = catalogue.hardware("+".join({**base, kind: name}.values()))
+            assert re.search(r"\[[PMNI]\]", getattr(spec, kind).source)
+
+
+def test_a_machine_is_composed_of_parts() -> None:
+    spec = catalogue.hardware("rtx4090+xeon6330+pcie3-x16")
+    assert (spec.gpu.name, spec.cpu.name, spec.link.name) == ("rtx4090", "xeon6330", "pcie3-x16")
+    assert spec.host == catalogue.hardware("a6000-xeon5220r").host
+    assert catalogue.hardware("rtx4090+xeon6330+pcie3-x16+python").host == spec.host
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a6000-xeon5220", r"hardware must be a known name, got 'a6000-xeon5220' \(did you mean a6000-xeon5220r"),
+        ("rtx409+xeon6330+pcie4-x16", r"gpu must be a known name, got 'rtx409' \(did you mean rtx4090"),
+        ("rtx4090+xeon6330+pcie9", r"link must be a known name, got 'pcie9'"),
+        ("rtx4090+xeon6330+pcie4-x16+lisp", r"host must be a known name, got 'lisp'"),
+        ("rtx4090+xeon6330", r"hardware must be a machine, gpu\+cpu\+link or gpu\+cpu\+link\+host, got 'rtx4090"),
+    ],
+)
+def test_an_unknown_machine_or_part_is_named(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        catalogue.hardware(name)
+
+
+def test_an_unknown_kind_of_part_is_named() -> None:
+    with pytest.raises(InputError, match="part must be a known name, got 'tape'"):
+        catalogue.part_names("tape")
+
+
+def test_a_hardware_file_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MACHINE, encoding="utf-8")
+    spec = catalogue.load_hardware_file(path)
+    assert (spec.name, spec.gpu.memory_bytes, spec.link.bytes_per_s) == ("mine", 8_000_000_000, 12e9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("bytes_per_s = 400e9", "bytes_per_s = -1"), r"gpu\.bytes_per_s must be greater than 0, got -1"),
+        (("bytes_per_s = 400e9", "bytes_per_s = 'fast'"), r"gpu\.bytes_per_s must be a valid number.*got 'fast'"),
+        (("bytes_per_s = 400e9", ""), r"gpu\.bytes_per_s must be given, got nothing"),
+        (("bytes_per_s = 400e9", "bytes_per_s = 4e11\nspeed = 3"), r"gpu\.speed must be left out .*, got 3"),
+        (("[link]", "[lnk]"), r"link must be given, got nothing"),
+        (("[host]", "[host"), r"hardware file must be TOML, got .*mine\.toml"),
+    ],
+)
+def test_a_wrong_hardware_file_names_the_field(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MACHINE.replace(*change), encoding="utf-8")
+    with pytest.raises(catalogue.CatalogueError, match=message) as caught:
+        catalogue.load_hardware_file(path)
+    assert "mine.toml" in str(caught.value)
+
+
+def test_a_hardware_file_has_to_be_there(tmp_path: Path) -> None:
+    with pytest.raises(catalogue.CatalogueError, match=r"hardware file must be readable, got .*none\.toml"):
+        catalogue.load_hardware_file(tmp_path / "none.toml")
+
+
+def test_a_rule_of_a_validator_is_passed_on_as_it_stands() -> None:
+    class Even(BaseModel):
+        number: int
+
+        @field_validator("number")
+        @classmethod
+        def _even(cls, value: int) -> int:
+            if value % 2:
+                raise InputError(f"number must be even, got {value}")
+            return value
+
+    with pytest.raises(ValidationError) as caught:
+        Even(number=3)
+    assert catalogue.first_fault(caught.value) == "number must be even, got 3"
+
+
+@pytest.mark.parametrize(
+    ("app", "names"), [(models_app, catalogue.model_names), (hardware_app, catalogue.hardware_names)]
+)
+def test_lists_show_every_name(app: object, names: object) -> None:
+    result = CliRunner().invoke(app, ["list"])
+    assert result.exit_code == 0
+    assert [name for name in names() if name not in result.output] == []
+
+
+def test_model_list_as_json() -> None:
+    records = json.loads(CliRunner().invoke(models_app, ["list", "--json"]).output)
+    assert [record["name"] for record in records] == catalogue.model_names()
+
+
+def test_model_record_as_json_has_the_derived_bytes() -> None:
+    record = json.loads(CliRunner().invoke(models_app, ["show", "olmoe-1b-7b", "--json"]).output)
+    assert record["expert_bytes"] == 3 * 2048 * 1024 * 2
+    assert record["source"].startswith("[P]")
+
+
+def test_hardware_list_as_json_has_machines_and_parts() -> None:
+    found = json.loads(CliRunner().invoke(hardware_app, ["list", "--json"]).output)
+    assert [machine["name"] for machine in found["machines"]] == catalogue.hardware_names()
+    assert found["parts"]["link"] == catalogue.part_names("link")
+
+
+def test_tables_show_numbers_and_the_marks_of_their_sources() -> None:
+    shown = CliRunner().invoke(hardware_app, ["show", "a6000-xeon5220r"], env={"COLUMNS": "200"}).output
+    assert "48,000,000,000" in shown
+    assert "[P]" in shown
+    shown = CliRunner().invoke(models_app, ["show", "olmoe-1b-7b"], env={"COLUMNS": "200"}).output
+    assert "12,582,912" in shown
+    assert "[P] config.json" in shown
+
+
+def test_show_reads_a_file_of_the_user(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MACHINE, encoding="utf-8")
+    record = json.loads(CliRunner().invoke(hardware_app, ["show", str(path), "--json"]).output)
+    assert record["gpu"]["memory_bytes"] == 8_000_000_000

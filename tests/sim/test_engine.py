@@ -1,0 +1,320 @@
+"""The engine against times worked out by hand, and against the laws of its resources.
+
+Unless a test says otherwise, a dense part and an expert take 1 s, a copy 1 s, and the host no time at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sim.policies import EVICTION, PLACEMENT, PREFETCH
+from sim.results import COLUMNS, RunResult
+from tests.sim.hand import HandCosts, Script, copy, cpu, evict, gpu, host, play, prefetch, run, trace_of, workloads
+from traces.workload import Workload
+
+BOTH_WAYS = pytest.mark.parametrize("closed", [True, False], ids=["closed form", "events"])
+SYSTEMS = st.fixed_dictionaries(
+    {
+        "evict": st.sampled_from([*EVICTION]),
+        "place": st.sampled_from([*PLACEMENT]),
+        "prefetch": st.sampled_from([*PREFETCH]),
+        "scope": st.sampled_from(["layer", "global"]),
+        "synchronous": st.booleans(),
+    }
+)
+
+
+@st.composite
+def some_costs(draw: st.DrawFn, *, slow: bool = False) -> HandCosts:
+    """Costs of a few odd numbers, so that times are seldom equal by chance."""
+    second = st.sampled_from([0.25, 0.7, 1.0, 1.3, 3.1, 8.0])
+    idle = st.sampled_from([0.0, 0.1, 0.9])
+    factors = {pair: draw(st.sampled_from([1.0, 1.5, 2.0])) for pair in (("gpu", "link"), ("link", "cpu"))}
+    return HandCosts(
+        dense=draw(second),
+        head=draw(second),
+        gpu=draw(second),
+        gpu_token=draw(idle),
+        cpu=draw(second),
+        cpu_first=draw(idle),
+        copy=draw(second),
+        lookahead=draw(idle),
+        slow=factors if slow else {},
+        host=host(
+            layer_s=draw(idle),
+            readback_s=draw(idle),
+            controller_s=draw(idle),
+            operation_s=draw(idle),
+            join_s=draw(idle),
+            joins_layers=draw(st.booleans()),
+        ),
+    )
+
+
+@BOTH_WAYS
+def test_copies_are_served_one_after_the_other(closed: bool) -> None:
+    plan = [copy(1, 0), copy(2, 1), copy(3, 2), gpu(4, 0, 1), gpu(5, 1, 2), gpu(6, 2, 3)]
+    times = play(Script([plan]), HandCosts(copy=4), closed=closed)
+    assert [times["link", "copy", 0, expert] for expert in range(3)] == [(1, 5), (5, 9), (9, 13)]
+    assert [times["gpu", "expert", 0, expert] for expert in range(3)] == [(5, 6), (9, 10), (13, 14)]
+    assert times["gpu", "head", 1, -1] == (14, 15)
+
+
+@BOTH_WAYS
+def test_copy_and_compute_overlap_perfectly(closed: bool) -> None:
+    plan = [*(copy(n, n) for n in range(4)), *(gpu(10 + n, n, n) for n in range(4))]
+    times = play(Script([plan]), HandCosts(copy=2, gpu=2), closed=closed)
+    assert [times["gpu", "expert", 0, expert] for expert in range(4)] == [(3, 5), (5, 7), (7, 9), (9, 11)]
+
+
+@BOTH_WAYS
+def test_hits_hide_a_copy(closed: bool) -> None:
+    plan = [copy(1, 3), gpu(2, 0), gpu(3, 1), gpu(4, 3, 1)]
+    times = play(Script([plan]), HandCosts(copy=2), closed=closed)
+    assert times["gpu", "expert", 0, 3] == (3, 4)
+    assert times["gpu", "head", 1, -1] == (4, 5)
+
+
+@BOTH_WAYS
+def test_the_gpu_keeps_the_order_of_submission(closed: bool) -> None:
+    plan = [copy(1, 0), gpu(2, 0, 1), gpu(3, 1)]
+    times = play(Script([plan]), HandCosts(copy=5), closed=closed)
+    assert times["gpu", "expert", 0, 0] == (6, 7)
+    assert times["gpu", "expert", 0, 1] == (7, 8)
+
+
+@BOTH_WAYS
+def test_a_copy_waits_for_the_last_read_of_its_slot_and_holds_back_the_ones_behind_it(closed: bool) -> None:
+    plan = [gpu(1, 0), copy(2, 1, 1), copy(3, 2), gpu(4, 1, 2), gpu(5, 2, 3)]
+    times = play(Script([plan]), HandCosts(gpu=3, copy=2), closed=closed)
+    assert times["gpu", "expert", 0, 0] == (1, 4)
+    assert times["link", "copy", 0, 1] == (4, 6)
+    assert times["link", "copy", 0, 2] == (6, 8)
+    assert times["gpu", "expert", 0, 2] == (9, 12)
+
+
+@BOTH_WAYS
+def test_cpu_experts_run_beside_the_gpu_and_the_next_dense_part_waits_for_them(closed: bool) -> None:
+    plan = [cpu(1, 0), cpu(2, 1), gpu(3, 2)]
+    times = play(Script([plan, []]), HandCosts(cpu=4, cpu_first=0.5, gpu=2), closed=closed)
+    assert times["cpu", "expert", 0, 0] == (1, 5.5)
+    assert times["cpu", "expert", 0, 1] == (5.5, 9.5)
+    assert times["gpu", "expert", 0, 2] == (1, 3)
+    assert times["gpu", "dense", 1, -1] == (9.5, 10.5)
+
+
+@BOTH_WAYS
+def test_an_eviction_takes_no_time(closed: bool) -> None:
+    times = play(Script([[evict(1, 2), copy(2, 0), gpu(3, 0, 2)]]), HandCosts(), closed=closed)
+    assert times["gpu", "expert", 0, 0] == (2, 3)
+
+
+@BOTH_WAYS
+def test_an_asynchronous_host_dispatches_while_the_gpu_works(closed: bool) -> None:
+    costs = HandCosts(gpu=3, host=host(layer_s=2, readback_s=0.5))
+    times = play(Script([[gpu(1, 0)], []]), costs, closed=closed)
+    assert times["gpu", "dense", 0, -1] == (2, 3)
+    assert times["gpu", "expert", 0, 0] == (3.5, 6.5)
+    assert times["gpu", "dense", 1, -1] == (6.5, 7.5)  # dispatched from 3.5 to 5.5
+    assert times["gpu", "head", 2, -1] == (10, 11)  # dispatched from 8 to 10
+
+
+@BOTH_WAYS
+def test_a_joining_host_dispatches_when_the_layer_has_ended(closed: bool) -> None:
+    costs = HandCosts(gpu=3, host=host(layer_s=2, readback_s=0.5, join_s=0.25, joins_layers=True))
+    times = play(Script([[gpu(1, 0)], []]), costs, closed=closed)
+    assert times["gpu", "expert", 0, 0] == (3.5, 6.5)
+    assert times["gpu", "dense", 1, -1] == (8.75, 9.75)
+    assert times["gpu", "head", 2, -1] == (12.5, 13.5)
+
+
+@BOTH_WAYS
+def test_the_host_pays_for_deciding_and_for_every_operation(closed: bool) -> None:
+    costs = HandCosts(host=host(readback_s=0.5, controller_s=2, operation_s=0.125))
+    times = play(Script([[evict(1, 2), copy(2, 0), gpu(3, 0, 2)]]), costs, closed=closed)
+    assert times["host", "plan", 0, -1] == (1, 3.875)
+    assert times["link", "copy", 0, 0] == (3.875, 4.875)
+
+
+@BOTH_WAYS
+def test_synchronous_mode_does_one_thing_at_a_time(closed: bool) -> None:
+    plan = [cpu(1, 3), cpu(2, 2), evict(3, 4), copy(4, 0), gpu(5, 1), gpu(6, 0, 4)]
+    costs = HandCosts(copy=4, cpu=2, cpu_first=1)
+    times = play(Script([plan], synchronous=True), costs, closed=closed)
+    assert times["cpu", "expert", 0, 3] == (1, 4)
+    assert times["cpu", "expert", 0, 2] == (4, 6)  # only the first of a layer pays for being first
+    assert times["link", "copy", 0, 0] == (6, 10)
+    assert times["gpu", "expert", 0, 1] == (10, 11)
+    assert times["gpu", "expert", 0, 0] == (11, 12)
+    assert times["gpu", "head", 1, -1] == (12, 13)
+
+
+# Prefetch: layer 0 reads expert 0, layer 1 the others; (1, expert) is what is prefetched.
+
+
+def test_a_late_prefetch_is_waited_for_and_no_other_copy_is() -> None:
+    script = Script([[gpu(1, 0)], [gpu(2, 1, 90, layer=1)]], {1: [prefetch(90, 1, 1), prefetch(91, 2, 1)]})
+    times = play(script, HandCosts(copy=8))
+    assert times["link", "prefetch", 1, 1] == (1, 9)
+    assert times["gpu", "expert", 1, 1] == (9, 10)
+    assert times["link", "prefetch", 1, 2] == (9, 17)
+    assert times["gpu", "head", 2, -1] == (10, 11)
+    assert script.arrived == [90]
+
+
+def test_a_queued_prefetch_that_is_demanded_is_promoted() -> None:
+    wanted = [prefetch(90, 1, 1), prefetch(91, 2, 1)]
+    layers = [[gpu(1, 0)], [copy(2, 3, layer=1), gpu(3, 2, 91, layer=1), gpu(4, 3, 2, layer=1)]]
+    times = play(Script(layers, {1: wanted}), HandCosts(copy=8))
+    assert times["link", "prefetch", 1, 1] == (1, 9)
+    assert times["link", "prefetch", 1, 2] == (9, 17)  # before the demand copy, which was submitted later
+    assert times["link", "copy", 1, 3] == (17, 25)
+    assert times["gpu", "expert", 1, 2] == (17, 18)
+    assert times["gpu", "expert", 1, 3] == (25, 26)
+
+
+def test_a_demand_copy_overtakes_queued_prefetches() -> None:
+    wanted = [prefetch(90, 1, 1), prefetch(91, 2, 1)]
+    layers = [[gpu(1, 0)], [copy(2, 3, layer=1), gpu(3, 3, 2, layer=1)]]
+    times = play(Script(layers, {1: wanted}), HandCosts(copy=8))
+    assert times["link", "copy", 1, 3] == (9, 17)
+    assert times["link", "prefetch", 1, 2] == (17, 25)
+
+
+def test_two_demands_behind_a_long_copy_wait_in_order_and_do_not_interrupt_it() -> None:
+    layers = [[gpu(1, 0)], [copy(2, 3, layer=1), copy(3, 4, layer=1), gpu(4, 3, 2, layer=1), gpu(5, 4, 3, layer=1)]]
+    costs = HandCosts(copy=2, copy_sizes={1000: 50})
+    times = play(Script(layers, {1: [prefetch(90, 1, 1, size=1000)]}), costs)
+    assert times["link", "prefetch", 1, 1] == (1, 51)
+    assert times["link", "copy", 1, 3] == (51, 53)
+    assert times["link", "copy", 1, 4] == (53, 55)
+    assert times["gpu", "expert", 1, 3] == (53, 54)
+    assert times["gpu", "expert", 1, 4] == (55, 56)
+
+
+def test_prefetches_fill_the_link_while_the_host_waits() -> None:
+    wanted = [prefetch(90 + n, n, 1) for n in range(5)]
+    times = play(Script([[gpu(1, 0)], [gpu(2, 0, layer=1)]], {1: wanted}), HandCosts(gpu=3, copy=1))
+    assert [times["link", "prefetch", 1, n] for n in range(5)] == [(1 + n, 2 + n) for n in range(5)]
+
+
+# Contention: two busy resources slow each other down by the factors given.
+
+
+def test_two_resources_slow_each_other_down_while_both_are_busy() -> None:
+    slow = {("gpu", "link"): 2.0, ("link", "gpu"): 1.5}
+    times = play(Script([[copy(1, 1), gpu(2, 0), gpu(3, 1, 1)]]), HandCosts(gpu=6, copy=3, slow=slow))
+    assert times["link", "copy", 0, 1] == pytest.approx((1, 5.5))  # 3 s at 2/3
+    assert times["gpu", "expert", 0, 0] == pytest.approx((1, 9.25))  # 4.5 s at 1/2, then 3.75 s alone
+    assert times["gpu", "expert", 0, 1] == pytest.approx((9.25, 15.25))
+
+
+def test_a_rate_changes_whenever_the_other_starts_or_stops() -> None:
+    slow = {("gpu", "cpu"): 4.0}
+    layers = [[cpu(1, 1), gpu(2, 0)], [gpu(3, 0, layer=1)]]
+    times = play(Script(layers), HandCosts(gpu=3, cpu=4, slow=slow))
+    assert times["cpu", "expert", 0, 1] == pytest.approx((1, 5))
+    assert times["gpu", "expert", 0, 0] == pytest.approx((1, 7))  # 1 s of work in 4 s, then 2 s alone
+    assert times["gpu", "dense", 1, -1] == pytest.approx((7, 8))
+
+
+def test_a_job_can_be_slowed_in_its_middle_only() -> None:
+    slow = {("link", "gpu"): 3.0}
+    layers = [[gpu(1, 0)], [gpu(2, 1, layer=1)]]
+    costs = HandCosts(dense=2, gpu=1, copy=6, slow=slow, host=host(layer_s=4))
+    times = play(Script(layers, {1: [prefetch(90, 5, 1)]}), costs)
+    # dispatch to 4, dense to 6; expert 6-7 beside the copy; dispatch to 10; dense 10-12 beside it
+    assert times["gpu", "dense", 1, -1] == (10, 12)
+    assert times["link", "prefetch", 1, 5] == pytest.approx((6, 6 + 1 + 3 + 2 + (6 - 1 / 3 - 3 - 2 / 3) + 2 / 3), abs=1)
+
+
+# Laws on random runs.
+
+
+def events_of(result: RunResult, resource: str) -> pd.DataFrame:
+    return result.events[result.events["resource"] == resource].sort_values(["start_s", "end_s"])
+
+
+@settings(max_examples=60)
+@given(workloads(), st.integers(1, 6), SYSTEMS, some_costs(slow=True))
+def test_no_resource_does_two_things_at_once(
+    workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts
+) -> None:
+    result = run(workload, slots, costs, **system)
+    for resource in ("gpu", "link", "cpu", "host"):
+        rows = events_of(result, resource)
+        assert (rows["start_s"].to_numpy()[1:] >= rows["end_s"].to_numpy()[:-1] - 1e-9).all(), resource
+    if system["synchronous"]:
+        rows = result.events.sort_values(["start_s", "end_s"])
+        assert (rows["start_s"].to_numpy()[1:] >= rows["end_s"].to_numpy()[:-1] - 1e-9).all()
+
+
+@settings(max_examples=60)
+@given(workloads(), st.integers(1, 6), SYSTEMS, some_costs())
+def test_busy_time_is_the_sum_of_the_work_and_a_bound_on_the_makespan(
+    workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts
+) -> None:
+    result = run(workload, slots, costs, **system)
+    steps, layers = len(workload), workload.trace.header.layers
+    operations = result.operations
+    kernels = operations[operations["op"] == "gpu"]
+    depth = 1 if system["prefetch"] == "next-router" and not system["synchronous"] else 0
+    dense_s = steps * layers * (costs.dense + depth * costs.lookahead) + steps * costs.head
+    gpu_s = dense_s + len(kernels) * costs.gpu + kernels["tokens"].sum() * costs.gpu_token
+    on_cpu = operations[operations["op"] == "cpu"]
+    cpu_s = len(on_cpu) * costs.cpu + len(on_cpu.drop_duplicates(["step", "layer"])) * costs.cpu_first
+    link_s = (operations["op"] == "copy").sum() * costs.copy
+    end_s = result.events["end_s"].max()
+    for resource, expected in (("gpu", gpu_s), ("cpu", cpu_s), ("link", link_s)):
+        rows = events_of(result, resource)
+        busy_s = float((rows["end_s"] - rows["start_s"]).sum())
+        assert busy_s == pytest.approx(expected, rel=1e-9, abs=1e-9), resource
+        assert end_s >= busy_s * (1 - 1e-9)
+    layer_sums = result.layers[["gpu_experts_s", "cpu_experts_s", "dense_s"]].sum()
+    assert layer_sums["gpu_experts_s"] == pytest.approx(gpu_s - dense_s, abs=1e-9)
+    assert layer_sums["cpu_experts_s"] == pytest.approx(cpu_s, abs=1e-9)
+    assert layer_sums["dense_s"] == pytest.approx(dense_s - steps * costs.head, abs=1e-9)
+
+
+@settings(max_examples=60)
+@given(workloads(), st.integers(1, 6), SYSTEMS, some_costs(slow=True))
+def test_the_components_of_a_layer_add_up_to_its_time(
+    workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts
+) -> None:
+    layers = run(workload, slots, costs, **system).layers
+    parts = layers[["dense_s", "gpu_experts_s", "host_s", "stall_s"]].sum(axis=1)
+    wall = layers["end_s"] - layers["start_s"]
+    np.testing.assert_allclose(parts, wall, atol=1e-9)
+
+
+@settings(max_examples=40)
+@given(workloads(), st.integers(1, 6), SYSTEMS, some_costs(slow=True))
+def test_a_run_is_repeatable(workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts) -> None:
+    first, second = (run(workload, slots, costs, **system) for _ in range(2))
+    for name in COLUMNS:
+        pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name))
+
+
+@settings(max_examples=150)
+@given(workloads(), st.integers(1, 6), SYSTEMS, some_costs())
+def test_the_closed_form_and_the_events_tell_the_same_story(
+    workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts
+) -> None:
+    without = {**system, "prefetch": "none"}
+    closed, events = (run(workload, slots, costs, closed=way, **without) for way in (True, False))
+    for name in COLUMNS:
+        left, right = (getattr(result, name) for result in (closed, events))
+        if name == "events":
+            left, right = (rows.sort_values([*COLUMNS[name][:5]], ignore_index=True) for rows in (left, right))
+        pd.testing.assert_frame_equal(left, right, rtol=1e-12, atol=1e-12, check_exact=False)
+
+
+def test_the_closed_form_is_refused_where_it_would_be_wrong() -> None:
+    with pytest.raises(ValueError, match="closed form"):
+        run(trace_of([[[0]]]), 1, HandCosts(slow={("gpu", "link"): 2.0}), closed=True)

@@ -1,0 +1,249 @@
+"""A trace as the forward passes that an engine runs: one sequence at a time, or lock-step batches.
+
+Shapes: T tokens (rows of the trace), L MoE layers, K experts a token, E experts a layer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from traces.errors import InputError
+from traces.schema import NOT_ROUTED, Array, Phase, Trace
+
+NEVER = 1 << 62
+"""The event of a next use that does not come: later than any event."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One forward pass."""
+
+    index: int  # from 0 over the run
+    phase: Phase
+    rows: Array  # int64 [n], rows of the trace, grouped by lane, then by position
+    sequences: tuple[int, ...]  # one for each lane that is active, in the order of lanes
+    tokens: tuple[int, ...]  # tokens of each of these lanes
+    context: int  # tokens in the longest KV cache of the batch after this step, lanes that have ended included
+    starts: tuple[int, ...]  # sequences whose first step this is
+    ends: tuple[int, ...]  # sequences whose last step this is
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workload:
+    """The forward passes of a run in order, over ``batch`` lanes."""
+
+    trace: Trace
+    batch: int
+    steps: list[Step]
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def describe(self) -> dict[str, Any]:
+        """The workload as plain numbers, for the record of a run: order, lanes, steps and tokens by phase."""
+        steps: Counter[Phase] = Counter()
+        tokens: Counter[Phase] = Counter()
+        for step in self.steps:
+            steps[step.phase] += 1
+            tokens[step.phase] += len(step.rows)
+        return {
+            "order": "one-at-a-time" if self.batch == 1 else "lock-step",
+            "batch": self.batch,
+            "sequences": sum(len(step.starts) for step in self.steps),
+            "prefill_steps": steps[Phase.PREFILL],
+            "decode_steps": steps[Phase.DECODE],
+            "prompt_tokens": tokens[Phase.PREFILL],
+            "new_tokens": tokens[Phase.DECODE],
+        }
+
+
+class _Lane(NamedTuple):
+    """One sequence: its rows by phase, and the number of tokens in its KV cache before the first of them."""
+
+    sequence: int
+    prefill: Array
+    decode: Array
+    before: int
+
+
+def one_at_a_time(trace: Trace) -> Workload:
+    """Sequences in order of first appearance; a prompt is one step, and so is every decode token after it."""
+    return lock_step(trace, 1)
+
+
+def lock_step(trace: Trace, batch: int) -> Workload:
+    """Batches of ``batch`` sequences, in order of first appearance; the last batch may be smaller.
+
+    The prompts of a batch are one step. Then each step decodes one token of every lane; a lane that has ended idles
+    until all have, and only then the next batch begins. A sequence without a prompt starts at the first decode
+    step. Raises :class:`InputError` unless ``batch`` is at least 1.
+    """
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, got {batch}")
+    lanes = _lanes(trace)
+    steps: list[Step] = []
+    for first in range(0, len(lanes), batch):
+        steps.extend(_batch_steps(lanes[first : first + batch], len(steps)))
+    return Workload(trace=trace, batch=batch, steps=steps)
+
+
+def sequence_rows(trace: Trace) -> list[Array]:
+    """The rows int64 of each sequence, in order of position; sequences in order of first appearance."""
+    order = np.argsort(trace.sequence, kind="stable")
+    order.setflags(write=False)
+    bounds = np.flatnonzero(np.diff(trace.sequence[order])) + 1
+    return sorted(np.split(order, bounds), key=lambda rows: int(rows[0]))
+
+
+def _lanes(trace: Trace) -> list[_Lane]:
+    lanes = []
+    for rows in sequence_rows(trace):
+        prompt = int(np.count_nonzero(trace.phase[rows] == Phase.PREFILL))
+        sequence, before = int(trace.sequence[rows[0]]), int(trace.position[rows[0]])
+        lanes.append(_Lane(sequence, rows[:prompt], rows[prompt:], before))
+    return lanes
+
+
+def _batch_steps(lanes: list[_Lane], index: int) -> Iterator[Step]:
+    """Yields the steps of one batch, numbered from ``index``."""
+    with_prompt = [lane for lane in lanes if len(lane.prefill)]
+    context = max(lane.before + len(lane.prefill) for lane in lanes)
+    if with_prompt:
+        yield Step(
+            index=index,
+            phase=Phase.PREFILL,
+            rows=_joined([lane.prefill for lane in with_prompt]),
+            sequences=tuple(lane.sequence for lane in with_prompt),
+            tokens=tuple(len(lane.prefill) for lane in with_prompt),
+            context=context,
+            starts=tuple(lane.sequence for lane in with_prompt),
+            ends=tuple(lane.sequence for lane in with_prompt if not len(lane.decode)),
+        )
+        index += 1
+    for token in range(max(len(lane.decode) for lane in lanes)):
+        active = [lane for lane in lanes if len(lane.decode) > token]
+        context = max(context, *(lane.before + len(lane.prefill) + token + 1 for lane in active))
+        yield Step(
+            index=index + token,
+            phase=Phase.DECODE,
+            rows=_joined([lane.decode[token : token + 1] for lane in active]),
+            sequences=tuple(lane.sequence for lane in active),
+            tokens=(1,) * len(active),
+            context=context,
+            starts=() if token else tuple(lane.sequence for lane in active if not len(lane.prefill)),
+            ends=tuple(lane.sequence for lane in active if len(lane.decode) == token + 1),
+        )
+
+
+def _joined(pieces: list[Array]) -> Array:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+class Routing(NamedTuple):
+    """What one MoE layer has to compute in one step."""
+
+    experts: tuple[int, ...]  # the union, ascending
+    counts: tuple[int, ...]  # tokens of each of them, in the same order
+    assignments: int  # pairs of token and expert
+
+
+def routings(trace: Trace, step: Step) -> list[Routing]:
+    """The routing of every layer in ``step``; entries that were not routed do not count."""
+    if len(step.rows) == 1:
+        return [_one_token(chosen) for chosen in trace.expert_ids[int(step.rows[0])].tolist()]
+    return _many_tokens(trace.expert_ids[step.rows], trace.header.experts)
+
+
+def layer_routing(trace: Trace, rows: Array, layer: int) -> Routing:
+    """The routing of one layer for the tokens in ``rows``."""
+    return _many_tokens(trace.expert_ids[rows, layer][:, None], trace.header.experts)[0]
+
+
+def _one_token(chosen: list[int]) -> Routing:
+    chosen.sort()
+    while chosen and chosen[-1] == NOT_ROUTED:
+        chosen.pop()
+    return Routing(tuple(chosen), (1,) * len(chosen), len(chosen))
+
+
+def _many_tokens(ids: Array, experts: int) -> list[Routing]:
+    """Counts ids uint16 [n, L, K] by layer; NOT_ROUTED falls into a column of its own, which is left out."""
+    layers, width = ids.shape[1], experts + 1
+    places = np.minimum(ids, experts).astype(np.int64) + (np.arange(layers) * width)[:, None]
+    table = np.bincount(places.ravel(), minlength=layers * width).reshape(layers, width)[:, :experts]
+    layer_of, union = np.nonzero(table)
+    counts, chosen = table[layer_of, union].tolist(), union.tolist()
+    bounds = np.searchsorted(layer_of, np.arange(layers + 1)).tolist()
+    assignments = table.sum(axis=1).tolist()
+    pieces = zip(bounds[:-1], bounds[1:], assignments, strict=True)
+    return [Routing(tuple(chosen[start:end]), tuple(counts[start:end]), total) for start, end, total in pieces]
+
+
+class FutureUses:
+    """The future of every block, for policies that know it (Belady 1966).
+
+    Block b = layer * E + expert; event = step.index * L + layer. ``events[offsets[b] : offsets[b + 1]]`` are the
+    events, ascending, in which block b is in the union.
+    """
+
+    def __init__(self, offsets: Array, events: Array) -> None:
+        self.offsets = offsets  # int64 [L * E + 1]
+        self.events = events  # int64 [sum of unions]
+        self._events = array("q", events.astype(np.int64).tobytes())  # gives a Python int faster than numpy does
+        self._bounds: list[int] = offsets.tolist()
+        self.reset()
+
+    def reset(self) -> None:
+        """Goes back to the beginning of the run; answers do not depend on it, only their speed."""
+        self._next = self._bounds[:-1]
+
+    def next_use(self, block: int, event: int) -> int:
+        """The first use of ``block`` strictly after ``event``, or :data:`NEVER`.
+
+        Amortised O(1) when a block is asked for events that do not decrease; correct in any order.
+        """
+        events, place, end = self._events, self._next[block], self._bounds[block + 1]
+        while place < end and events[place] <= event:
+            place += 1
+        first = self._bounds[block]
+        while place > first and events[place - 1] > event:
+            place -= 1
+        self._next[block] = place
+        return events[place] if place < end else NEVER
+
+
+def sorted_distinct(keys: Array) -> Array:
+    """The distinct values of an array of integers, ascending.
+
+    Several times faster than ``np.unique``, whose hash table does not pay where most values occur once.
+    """
+    ordered = np.sort(keys, axis=None)
+    first = np.ones(len(ordered), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    distinct: Array = ordered[first]
+    return distinct
+
+
+def next_uses(workload: Workload) -> FutureUses:
+    """All uses of all blocks of ``workload``, worked out layer by layer to bound the memory."""
+    trace, steps = workload.trace, len(workload)
+    layers, experts = trace.header.layers, trace.header.experts
+    rows = np.concatenate([step.rows for step in workload])
+    step_of = np.repeat(np.arange(steps), [len(step.rows) for step in workload])
+    lengths, events = [], []
+    for layer in range(layers):
+        ids = trace.expert_ids[:, layer][rows].astype(np.int64)  # [T, K]
+        keys = sorted_distinct((ids * steps + step_of[:, None])[ids != NOT_ROUTED])  # by expert, then by step
+        lengths.append(np.bincount(keys // steps, minlength=experts))
+        events.append(keys % steps * layers + layer)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    return FutureUses(offsets, np.concatenate(events))
