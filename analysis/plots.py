@@ -40,9 +40,9 @@ def token_latency(tokens: pd.DataFrame) -> Figure:
     for (clock, colour), width in zip(CLOCKS.items(), (2.4, 1.1), strict=True):
         values = tokens[f"{clock}_s"].to_numpy(float) * 1e3
         ax.plot(place, values, color=colour, linewidth=width, marker=marker, markersize=2 + width, label=clock)
-    changes = np.flatnonzero(np.diff(tokens["sequence"].to_numpy(int))) + 1
-    if changes.size <= 40:
-        for change in changes:
+    new = ~tokens["sequence"].duplicated() & (tokens["step"] != tokens["step"].min())
+    if new.sum() <= 40:
+        for change in place[new]:
             ax.axvline(change - 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
     high = float(tokens[["measured_s", "simulated_s"]].to_numpy(float).max()) * 1e3
     ax.set_ylim(0, high * 1.06)
@@ -129,6 +129,7 @@ def hits_by_layer(layers: pd.DataFrame, label: str = "measured = simulated") -> 
     ax.axhline(mean, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
     ax.set_title(f"{label}; all layers {mean:.1f}%", loc="left", fontsize=SMALL, color=MUTED)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlim(place.min() - 0.6, place.max() + 0.6)
     ax.set_ylim(0, min(max(float(np.nanmax(ratios)), mean) * 1.15 + 1, 105))
     ax.grid(False, axis="x")
     return figure

@@ -10,7 +10,7 @@ import torch
 
 from real.device import Device
 from real.executor import Executor
-from real.generate import HookChain, Sampler, StepHooks, TextStream, generate, left_pad
+from real.generate import HookChain, Sampler, TextStream, generate, left_pad
 from real.models.load import LoadedModel
 from real.record import Collector
 from real.routing import Replay
@@ -39,7 +39,7 @@ class Machine:
     ) -> Machine:
         """Moves a model's experts to the host store and the rest to the device."""
         store = HostStore(loaded, pin=device.torch_device.type == "cuda", seed=seed, progress=progress)
-        loaded.model.to(device.torch_device)
+        loaded.model.to(device.torch_device)  # type: ignore[arg-type]
         return cls(loaded, device, store)
 
     @property

@@ -141,7 +141,7 @@ class Executor:
     def experts(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The output [T, H] of one layer's experts for ``hidden`` [T, H], ``ids`` and ``weights`` [T, k]."""
         begun = self._device.mark()
-        kernel = _Kernel(self, hidden, weights, Assignments(ids, weights, self._real))
+        kernel = Kernel(self, hidden, weights, Assignments(ids, weights, self._real))
         self._poll()
         plan = self._controller.plan_layer(layer, kernel.assignments.routing, self._predictions)
         record = self._record = LayerRecord(self._book.index, layer)
@@ -164,7 +164,7 @@ class Executor:
         gate, up = functional.linear(hidden, gate_up).chunk(2, dim=-1)
         return functional.linear(self._act(gate) * up, down)
 
-    def _submit(self, plan: LayerPlan, kernel: _Kernel, record: LayerRecord) -> list[tuple[Operation, Work]]:
+    def _submit(self, plan: LayerPlan, kernel: Kernel, record: LayerRecord) -> list[tuple[Operation, Work]]:
         """Hands a plan to the device: without waiting, or one operation after the other in synchronous mode."""
         self._promote(plan)
         works = []
@@ -179,7 +179,7 @@ class Executor:
         self._pull()
         return works
 
-    def _start(self, operation: Operation, kernel: _Kernel) -> Work:
+    def _start(self, operation: Operation, kernel: Kernel) -> Work:
         after = [self._works[earlier] for earlier in operation.after if earlier in self._works]
         if operation.op == GPU:
             return self._device.gpu(partial(kernel.run, operation), after)
@@ -279,7 +279,7 @@ class _Prefetch:
         self.reported = False
 
 
-class _Kernel:
+class Kernel:
     """The experts of one layer of one pass. Contributions are kept apart, so that no order of work changes the sum."""
 
     def __init__(self, executor: Executor, hidden: Tensor, weights: Tensor, assignments: Assignments) -> None:

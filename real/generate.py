@@ -20,7 +20,7 @@ from traces.schema import Phase
 NO_TOKEN = -1
 """The next token of a lane that has ended."""
 _IDLE_TOKEN = 0
-"""What an ended lane is fed; the attention mask hides it from every other token."""
+"""What padding holds and an ended lane is fed: no token of a lane that goes on ever attends to it."""
 
 
 class StepHooks(Protocol):
@@ -103,7 +103,7 @@ class TextStream:
 
     def _emit(self, *, final: bool) -> None:
         text, before = self._decode(self._tokens), self._decode(self._tokens[: self._shown])
-        if False:
+        if text.endswith("\ufffd") and not final:
             return
         if len(text) > len(before):
             self._on_text(text[len(before) :])
@@ -150,8 +150,8 @@ def generate(
     """Decodes a left-padded batch ``input_ids`` [B, S] in lock-step: prefill is step 0, every further token one step.
 
     A lane ends with a token of ``eos_ids`` or after ``max_new_tokens``; its last token is not run through the model.
-    It then idles, masked, until all lanes have ended. With ``forced_tokens`` (the tokens that follow, for each lane)
-    nothing is chosen: every given token *is* run through the model, as in the recording that they come from.
+    It then idles, out of the hooks' mask, until all lanes have ended. With ``forced_tokens`` (the tokens that follow,
+    for each lane) nothing is chosen: every given token *is* run through the model, as in their recording.
     Raises :class:`InputError` unless exactly one of ``max_new_tokens`` (at least 1) and ``forced_tokens`` is given.
     """
     lanes = _Lanes(len(input_ids), max_new_tokens, frozenset(eos_ids), forced_tokens)
@@ -243,11 +243,11 @@ class _Batch:
         return logits
 
     def extend(self, next_tokens: list[int], alive: list[bool]) -> None:
-        """Sets up a decode step; lanes that are not alive get a masked token at their last position."""
+        """Sets up a decode step; lanes that are not alive idle at their last position, out of ``mask``."""
         device = self._attention.device
         fed = [token if going else _IDLE_TOKEN for token, going in zip(next_tokens, alive, strict=True)]
         self.token_ids = torch.tensor(fed, device=device)[:, None]  # [B, 1]
         self.mask = torch.tensor(alive, device=device)[:, None]  # [B, 1]
         self.positions = self.positions[:, -1:] + self.mask.long()
-        self._attention = torch.cat([self._attention, self.mask.long()], dim=-1)
-        self._padded = self._padded or not all(alive)
+        # an ended lane's idle tokens need no masking here: only that lane could attend to them
+        self._attention = torch.cat([self._attention, torch.ones_like(self.token_ids)], dim=-1)

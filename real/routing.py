@@ -129,7 +129,7 @@ class Replay:
             raise ValueError(f"replay was told of {len(self._ids)} rows, but the pass has {len(call.ids)}")
         ids, routed = self._ids[:, call.layer], self._routed[:, call.layer]
         weights = self._gates_of(call.logits, ids) if self._gates is None else self._gates[:, call.layer]
-        return weights.masked_fill(~routed, 0.0), ids
+        return weights.masked_fill(~routed, 0), ids
 
     def _rows_at(self, sequence: int, positions: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         if sequence not in self._rows_of:

@@ -6,7 +6,7 @@ before; only then are blocks admitted and evicted. What the ranking does not kee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from sim.policies.base import EvictionPolicy
@@ -49,13 +49,16 @@ class ExpertCache:
         """Blocks in the pool of ``layer``, those in flight included, in ascending order."""
         return sorted(self._residents[self.pool_of_layer[layer]])
 
-    def touch(self, event: int, blocks: Sequence[int]) -> None:
+    def touch(self, event: int, blocks: Iterable[int]) -> None:
         """Notes that ``blocks`` were used in ``event``."""
         for block in blocks:
             self._last_use[block] = event
 
     def insert(self, block: int, layer: int) -> int:
-        """Gives ``block`` a free slot of its layer's pool and returns it; the lowest free number goes first."""
+        """Gives ``block`` a free slot of its layer's pool and returns it.
+
+        The slot that was freed last goes first; slots that were never used follow in ascending order.
+        """
         pool = self.pool_of_layer[layer]
         slot = self._free[pool].pop()
         self.slot_of[block] = slot
@@ -71,7 +74,7 @@ class ExpertCache:
         self._free[pool].append(slot)
         return slot
 
-    def settle(self, layer: int, blocks: list[int], absent: list[int], policy: EvictionPolicy) -> Verdict:
+    def settle(self, layer: int, blocks: Iterable[int], absent: list[int], policy: EvictionPolicy) -> Verdict:
         """Decides who stays when ``blocks`` (of one event; ``absent`` are those without a slot) have been ranked.
 
         Forced admission puts the event's blocks above all others and orders by the policy within each group; a bypass
@@ -81,17 +84,18 @@ class ExpertCache:
         need = len(absent) - len(self._free[pool])
         if need <= 0:
             return Verdict(absent, [], [], [])
-        mine = set(blocks)
-        movable = [block for block in self._residents[pool] if block not in self.in_flight]
-        others = [block for block in movable if block not in mine]
-        if not policy.bypass and need <= len(others):
-            return Verdict(absent, [], self.weakest(others, policy)[:need], [])
+        residents, in_flight, mine = self._residents[pool], self.in_flight, set(blocks)
+        if not policy.bypass:
+            others = [block for block in residents if block not in mine and block not in in_flight]
+            if need <= len(others):
+                return Verdict(absent, [], self.weakest(others, policy)[:need], [])
+        movable = [block for block in residents if block not in in_flight]
         return self._ranked(pool, mine, movable, absent, policy)
 
     def weakest(self, blocks: Sequence[int], policy: EvictionPolicy) -> list[int]:
         """``blocks`` in the order in which they leave: smallest key, least recently used, lowest block."""
-        key, last_use = policy.key, self._last_use
-        return sorted(blocks, key=lambda block: (key(block), last_use[block], block))
+        last_uses = map(self._last_use.__getitem__, blocks)
+        return [block for _, _, block in sorted(zip(policy.keys(blocks), last_uses, blocks, strict=True))]
 
     def _ranked(
         self, pool: int, mine: set[int], movable: list[int], absent: list[int], policy: EvictionPolicy

@@ -7,12 +7,12 @@ reports arrivals of prefetched experts with :meth:`~OffloadController.on_arrival
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from sim.cache import ExpertCache, Verdict
 from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
-from sim.policies import EVICTION, PLACEMENT, PREFETCH, LayerView, PolicyContext
+from sim.policies import EVICTION, PLACEMENT, PREFETCH, EvictionPolicy, LayerView, PolicyContext
 from sim.policies.base import Future
 from sim.systems import Budget, SystemSpec
 from traces.workload import Routing
@@ -56,12 +56,12 @@ class OffloadController:
         self._place = PLACEMENT[system.place](context)
         self._prefetch = PREFETCH[system.prefetch](context)
         self._predicted = predicted
-        self._next_id = 0
+        self._draft = _Draft(self.cache, self._evict, shape)
         self._event = -1
-        self._current: list[int] = []
+        self._layer = -1
+        self._current: Collection[int] = ()
         self._wanted: list[tuple[int, int]] = []
         self._predictions: Sequence[Sequence[int]] = ()
-        self._layer = -1
 
     def begin_step(self, step: int) -> None:
         """A forward pass begins; ``step`` counts them over the run."""
@@ -70,46 +70,24 @@ class OffloadController:
     def plan_layer(self, layer: int, routing: Routing, predictions: Sequence[Sequence[int]] = ()) -> LayerPlan:
         """Decides one layer: ``routing`` is what its router chose, ``predictions[d]`` the experts that are expected in
         layer ``layer + 1 + d``, most wanted first. The plan's operations are in order of submission."""
-        self._event += 1
-        cache, base = self.cache, layer * self.shape.experts
-        slot_of, in_flight = cache.slot_of, cache.in_flight
-        counts = {base + expert: count for expert, count in zip(routing.experts, routing.counts, strict=True)}
-        blocks = list(counts)
-        hits: list[int] = []
-        late: list[int] = []
-        missing: list[int] = []
-        for block in blocks:
-            if slot_of[block] < 0:
-                missing.append(block)
-            else:
-                (late if block in in_flight else hits).append(block)
-        self._evict.observe(self._event, blocks, routing.counts)
-        cache.touch(self._event, blocks)
-        self._note_predictions(layer, blocks, predictions)
-        on_cpu = self._on_cpu(layer, hits, missing, counts) if missing else ()
-        builder = _Builder(self, layer, counts)
+        load = self._take_in(layer, routing)
+        hits, late, missing = self._classified(load)
+        self._note_predictions(layer, load, predictions)
+        on_cpu = self._on_cpu(layer, hits, missing, load) if missing and self._place.uses_cpu else ()
+        fetched = [block for block in missing if block not in on_cpu] if on_cpu else missing
+        draft = self._draft
+        draft.begin(layer, load)
         if on_cpu:
-            gone = set(on_cpu)
-            missing = [block for block in missing if block not in gone]
-            blocks = [block for block in blocks if block not in gone]
-            builder.cpu(on_cpu)
-        if missing:
-            builder.fetch(hits, late, missing, cache.settle(layer, blocks, missing, self._evict))
+            draft.cpu(on_cpu)
+        if fetched:
+            draft.fetch(hits, late, self.cache.settle(layer, load, fetched, self._evict))
         else:
-            builder.gpu(hits)
-            builder.gpu(late)
-        return LayerPlan(
-            layer,
-            builder.operations,
-            routing.assignments,
-            len(counts),
-            len(hits),
-            sum(map(counts.__getitem__, hits)),
-            len(late),
-            len(missing) + len(on_cpu),
-            len(on_cpu),
-            len(missing) * self.shape.expert_bytes,
-        )
+            draft.gpu(hits)
+            draft.gpu(late)
+        hit_tokens = len(hits) if routing.assignments == len(load) else sum(map(load.__getitem__, hits))
+        counts = (len(load), len(hits), hit_tokens, len(late), len(missing), len(on_cpu))
+        size_bytes = len(fetched) * self.shape.expert_bytes
+        return tuple.__new__(LayerPlan, (layer, draft.operations, routing.assignments, *counts, size_bytes))
 
     def next_transfer(self) -> tuple[Operation, ...]:
         """The next prefetch worth starting now, with the eviction that makes room for it; empty when there is none."""
@@ -119,37 +97,49 @@ class OffloadController:
             block = layer * experts + expert
             if cache.slot_of[block] >= 0:
                 continue
-            operations = self._make_room(layer)
-            if operations is None:
+            victim = self._victim(layer)
+            if victim is None:
                 continue
-            slot = cache.insert(block, layer)
-            copy = Operation(self.take_id(), COPY, layer, expert, slot, 0, self.shape.expert_bytes, (), True)
-            cache.in_flight[block] = copy.id
-            return (*operations, copy)
+            return self._draft.prefetch(layer, block, victim)
         return ()
 
     def on_arrival(self, operation: Operation) -> None:
         """A prefetched expert is on the device."""
         del self.cache.in_flight[operation.layer * self.shape.experts + operation.expert]
 
-    def take_id(self) -> int:
-        """A number for an operation, unique in the run."""
-        self._next_id += 1
-        return self._next_id
+    def _take_in(self, layer: int, routing: Routing) -> dict[int, int]:
+        """Tells policies and cache of the event; returns block -> tokens, most tokens first, then the lowest id."""
+        self._event += 1
+        base = layer * self.shape.experts
+        blocks = [base + expert for expert in routing.experts]
+        self._evict.observe(self._event, blocks, routing.counts)
+        self.cache.touch(self._event, blocks)
+        load = dict(zip(blocks, routing.counts, strict=True))
+        if routing.assignments == len(blocks):
+            return load
+        return dict(sorted(load.items(), key=lambda item: (-item[1], item[0])))
 
-    def drop(self, block: int) -> Operation:
-        """Removes ``block`` from the cache and returns the eviction that says so."""
-        slot = self.cache.remove(block)
-        self._evict.forget(block)
-        layer, expert = divmod(block, self.shape.experts)
-        return Operation(self.take_id(), EVICT, layer, expert, slot, 0, 0)
+    def _classified(self, load: dict[int, int]) -> tuple[list[int], list[int], list[int]]:
+        """Splits an event's blocks into what is resident, what is on its way, and what is missing."""
+        slot_of, in_flight = self.cache.slot_of, self.cache.in_flight
+        hits: list[int] = []
+        late: list[int] = []
+        missing: list[int] = []
+        for block in load:
+            if slot_of[block] < 0:
+                missing.append(block)
+            elif block in in_flight:
+                late.append(block)
+            else:
+                hits.append(block)
+        return hits, late, missing
 
-    def _on_cpu(self, layer: int, hits: list[int], missing: list[int], counts: dict[int, int]) -> list[int]:
+    def _on_cpu(self, layer: int, hits: list[int], missing: list[int], load: dict[int, int]) -> Sequence[int]:
         base = layer * self.shape.experts
         view = LayerView(
             layer,
-            [(block - base, counts[block]) for block in hits],
-            [(block - base, counts[block]) for block in missing],
+            [(block - base, load[block]) for block in hits],
+            [(block - base, load[block]) for block in missing],
             self.cache.free_slots(layer),
             self._predicted.gpu_expert_s,
             self._predicted.cpu_expert_s,
@@ -157,23 +147,22 @@ class OffloadController:
         )
         return [base + expert for expert in self._place.on_cpu(view)]
 
-    def _note_predictions(self, layer: int, blocks: list[int], predictions: Sequence[Sequence[int]]) -> None:
-        self._current, self._layer, self._predictions = blocks, layer, predictions
+    def _note_predictions(self, layer: int, blocks: Collection[int], predictions: Sequence[Sequence[int]]) -> None:
         if not self._prefetch.depth:
             return
+        self._current, self._layer, self._predictions = blocks, layer, predictions
         ahead = predictions[: max(0, self.shape.layers - 1 - layer)]
         self._wanted = [*self._prefetch.candidates(layer, ahead)][::-1]
 
-    def _make_room(self, layer: int) -> tuple[Operation, ...] | None:
-        """Evictions that free a slot for ``layer``, or None when all that is there is needed sooner."""
-        if self.cache.free_slots(layer):
-            return ()
+    def _victim(self, layer: int) -> int | None:
+        """The block that a prefetch for ``layer`` may push out: -1 where a slot is free, None where all that is there
+        is needed sooner."""
+        cache = self.cache
+        if cache.free_slots(layer):
+            return -1
         protected = self._protected()
-        in_flight = self.cache.in_flight
-        spare = [b for b in self.cache.residents(layer) if b not in in_flight and b not in protected]
-        if not spare:
-            return None
-        return (self.drop(self.cache.weakest(spare, self._evict)[0]),)
+        spare = [block for block in cache.residents(layer) if block not in cache.in_flight and block not in protected]
+        return cache.weakest(spare, self._evict)[0] if spare else None
 
     def _protected(self) -> set[int]:
         experts = self.shape.experts
@@ -181,67 +170,97 @@ class OffloadController:
         return set(self._current) | {layer * experts + expert for layer, chosen in ahead for expert in chosen}
 
 
-class _Builder:
-    """Puts the operations of one layer in order, and enters them into the cache's book."""
+class _Draft:
+    """Numbers operations, puts those of one layer in order, and enters them into the cache's book.
 
-    def __init__(self, controller: OffloadController, layer: int, counts: dict[int, int]) -> None:
-        self._controller, self._cache, self._layer, self._counts = controller, controller.cache, layer, counts
-        self._base = layer * controller.shape.experts
-        self._bytes = controller.shape.expert_bytes
+    Operations are made by ``tuple.__new__``: a run makes them by the million, and a call of the class takes twice as
+    long.
+    """
+
+    def __init__(self, cache: ExpertCache, evict: EvictionPolicy, shape: ExpertShape) -> None:
+        self._cache, self._evict, self._shape = cache, evict, shape
+        self._number = 0
+        self.begin(0, {})
+
+    def begin(self, layer: int, load: dict[int, int]) -> None:
+        """Starts the plan of ``layer``, whose blocks get ``load[block]`` tokens."""
+        self._layer, self._load, self._base = layer, load, layer * self._shape.experts
         self.operations: list[Operation] = []
 
     def cpu(self, blocks: Iterable[int]) -> None:
-        """Experts that the CPU computes, in its order."""
+        """Experts that the CPU computes, in its order; they are used without being kept."""
         for block in blocks:
-            self._add(CPU, block, -1, self._counts[block], 0)
+            self._add(CPU, block, -1, self._load[block], 0)
+            self._evict.forget(block)
 
     def gpu(self, blocks: Iterable[int]) -> dict[int, int]:
-        """Experts that sit in slots, most tokens first; returns the operation that reads each block."""
-        counts, cache = self._counts, self._cache
+        """Experts that sit in slots, or will when their prefetch arrives; returns the operation that reads each."""
+        load, slot_of, in_flight = self._load, self._cache.slot_of, self._cache.in_flight
         reads = {}
-        for block in sorted(blocks, key=lambda b: (-counts[b], b)):
-            copy = cache.in_flight.get(block)
-            reads[block] = self._add(GPU, block, cache.slot_of[block], counts[block], 0, () if copy is None else (copy,))
+        for block in blocks:
+            after = (in_flight[block],) if block in in_flight else ()
+            reads[block] = self._add(GPU, block, slot_of[block], load[block], 0, after)
         return reads
 
-    def fetch(self, hits: list[int], late: list[int], missing: list[int], verdict: Verdict) -> None:
+    def fetch(self, hits: list[int], late: list[int], verdict: Verdict) -> None:
         """A layer with misses: copies that need nothing first, then what is resident, then what arrives."""
-        order = sorted(missing, key=lambda b: (-self._counts[b], b))
-        kept = set(verdict.admitted)
-        admitted = [block for block in order if block in kept]
-        streamed = [block for block in order if block not in kept]
-        for victim in verdict.victims:
-            self.operations.append(self._controller.drop(victim))
-        room = self._cache.free_slots(self._layer)
-        staged = list(zip(streamed, self._cache.staging, strict=False))
-        copies = {block: self._admit(block) for block in admitted[:room]}
-        copies |= {block: self._copy(block, slot) for block, slot in staged}
+        admitted, streamed, victims, leaving = verdict
+        for victim in victims:
+            self.operations.append(self._dropped(victim))
+        at_once = len(admitted) - len(leaving)
+        copies = {block: self._admit(block) for block in admitted[:at_once]}
+        for block, slot in zip(streamed, self._cache.staging, strict=False):
+            copies[block] = self._copy(block, slot)
         reads = self.gpu(hits)
         self.gpu(late)
-        for block, leaver in zip(admitted[room:], verdict.leaving, strict=True):
-            self.operations.append(self._controller.drop(leaver))
-            copies[block] = self._admit(block, after=(reads[leaver],))
+        for block, leaver in zip(admitted[at_once:], leaving, strict=True):
+            self.operations.append(self._dropped(leaver))
+            copies[block] = self._admit(block, (reads[leaver],))
+        slot_of, load = self._cache.slot_of, self._load
         for block in admitted:
-            self._add(GPU, block, self._cache.slot_of[block], self._counts[block], 0, (copies[block],))
-        self._stream(streamed, copies)
+            self._add(GPU, block, slot_of[block], load[block], 0, (copies[block],))
+        if streamed:
+            self._stream(streamed, copies)
+
+    def prefetch(self, layer: int, block: int, victim: int) -> tuple[Operation, ...]:
+        """The copy of ``block``, after the eviction of ``victim`` unless that is -1."""
+        evictions = () if victim < 0 else (self._dropped(victim),)
+        slot = self._cache.insert(block, layer)
+        number = self._take_number()
+        expert = block - layer * self._shape.experts
+        self._cache.in_flight[block] = number
+        return (*evictions, Operation(number, COPY, layer, expert, slot, 0, self._shape.expert_bytes, (), True))
 
     def _stream(self, streamed: list[int], copies: dict[int, int]) -> None:
         """Experts that are not kept pass through the staging slots, each copy after the read of its predecessor."""
         staging = self._cache.staging
         for index, block in enumerate(streamed):
             slot = staging[index % len(staging)]
-            read = self._add(GPU, block, slot, self._counts[block], 0, (copies[block],))
+            read = self._add(GPU, block, slot, self._load[block], 0, (copies[block],))
+            self._evict.forget(block)
             if index + len(staging) < len(streamed):
                 follower = streamed[index + len(staging)]
-                copies[follower] = self._copy(follower, slot, after=(read,))
+                copies[follower] = self._copy(follower, slot, (read,))
 
     def _admit(self, block: int, after: tuple[int, ...] = ()) -> int:
         return self._copy(block, self._cache.insert(block, self._layer), after)
 
     def _copy(self, block: int, slot: int, after: tuple[int, ...] = ()) -> int:
-        return self._add(COPY, block, slot, 0, self._bytes, after)
+        return self._add(COPY, block, slot, 0, self._shape.expert_bytes, after)
 
-    def _add(self, op: str, block: int, slot: int, tokens: int, size: int, after: tuple[int, ...] = ()) -> int:
-        number = self._controller.take_id()
-        self.operations.append(Operation(number, op, self._layer, block - self._base, slot, tokens, size, after))
+    def _dropped(self, block: int) -> Operation:
+        """Removes ``block`` from the cache and returns the eviction that says so."""
+        slot = self._cache.remove(block)
+        self._evict.forget(block)
+        layer, expert = divmod(block, self._shape.experts)
+        return tuple.__new__(Operation, (self._take_number(), EVICT, layer, expert, slot, 0, 0, (), False))
+
+    def _add(self, op: str, block: int, slot: int, tokens: int, size_bytes: int, after: tuple[int, ...] = ()) -> int:
+        self._number = number = self._number + 1
+        fields = (number, op, self._layer, block - self._base, slot, tokens, size_bytes, after, False)
+        self.operations.append(tuple.__new__(Operation, fields))
         return number
+
+    def _take_number(self) -> int:
+        self._number += 1
+        return self._number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sim.plan import LayerPlan, Operation
@@ -21,17 +22,22 @@ class LayerRecord:
 
 
 class RunLog:
-    """The log of one run, on either clock. Event rows can be left out, for sweeps."""
+    """The log of one run, on either clock. Event and operation rows can be left out, for sweeps."""
 
-    def __init__(self, *, events: bool = True) -> None:
-        self.operations: list[tuple[Any, ...]] = []
+    def __init__(self, *, events: bool = True, operations: bool = True) -> None:
         self.events: list[tuple[Any, ...]] | None = [] if events else None
-        self._steps: list[tuple[Step, float, float, float, list[LayerRecord]]] = []
+        self._submitted: list[tuple[int, Sequence[Operation]]] | None = [] if operations else None
+        self._steps: list[tuple[Step, float, float, float]] = []
+        self._layers: list[tuple[Any, ...]] = []
 
     def operation(self, step: int, operation: Operation) -> None:
         """Notes that ``operation`` is being submitted."""
-        _, op, layer, expert, slot, tokens, size, *_ = operation
-        self.operations.append((len(self.operations), step, layer, op, expert, slot, tokens, size))
+        self.submitted(step, (operation,))
+
+    def submitted(self, step: int, operations: Sequence[Operation]) -> None:
+        """Notes that ``operations`` are being submitted, in this order."""
+        if self._submitted is not None:
+            self._submitted.append((step, operations))
 
     def event(self, resource: str, kind: str, record: LayerRecord, expert: int, start_s: float, end_s: float) -> None:
         """Notes a piece of work on a resource; ``expert`` is -1 for what is no expert's."""
@@ -40,30 +46,41 @@ class RunLog:
 
     def step(self, step: Step, start_s: float, end_s: float, head_s: float, records: list[LayerRecord]) -> None:
         """Notes that a forward pass has ended; ``records`` has one entry a layer, in order."""
-        self._steps.append((step, start_s, end_s, head_s, records))
+        self._steps.append((step, start_s, end_s, head_s))
+        phase = int(step.phase)
+        for record in records:
+            self._layers.append(_layer_row(record, phase, start_s))
+            start_s = record.end_s
 
     def result(self, info: RunInfo) -> RunResult:
         """The tables of the run."""
-        tokens, layers = [], []
-        for step, start_s, end_s, head_s, records in self._steps:
-            for sequence, count in zip(step.sequences, step.tokens, strict=True):
-                tokens.append((step.index, int(step.phase), sequence, count, start_s, end_s, head_s))
-            for record in records:
-                layers.append(_layer_row(record, int(step.phase), start_s))
-                start_s = record.end_s
         return RunResult.of(
             info,
             requests=self._requests(),
-            tokens=tokens,
-            layers=layers,
+            tokens=self._tokens(),
+            layers=self._layers,
             events=sorted(self.events or [], key=lambda row: (row[5], row[6], row[0])),
-            operations=self.operations,
+            operations=self._operations(),
         )
+
+    def _tokens(self) -> list[tuple[Any, ...]]:
+        return [
+            (step.index, int(step.phase), sequence, count, start_s, end_s, head_s)
+            for step, start_s, end_s, head_s in self._steps
+            for sequence, count in zip(step.sequences, step.tokens, strict=True)
+        ]
+
+    def _operations(self) -> list[tuple[Any, ...]]:
+        submitted = ((step, operation) for step, operations in self._submitted or [] for operation in operations)
+        return [
+            (number, step, layer, op, expert, slot, tokens, size)
+            for number, (step, (_, op, layer, expert, slot, tokens, size, *_)) in enumerate(submitted)
+        ]
 
     def _requests(self) -> list[tuple[Any, ...]]:
         """Every sequence arrives when the batch that it runs in begins, as in an offline run."""
         rows: dict[int, list[Any]] = {}
-        for step, start_s, end_s, _, _ in self._steps:
+        for step, start_s, end_s, _ in self._steps:
             for sequence, count in zip(step.sequences, step.tokens, strict=True):
                 row = rows.setdefault(sequence, [sequence, start_s, start_s, end_s, end_s, 0, 0])
                 row[4] = end_s

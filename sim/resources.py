@@ -11,7 +11,7 @@ from sim.logs import LayerRecord
 from sim.plan import Operation
 
 if TYPE_CHECKING:
-    from sim.engine import Engine
+    from sim.queues import Queues
 
 
 class Job:
@@ -36,8 +36,8 @@ class Resource(ABC):
 
     name: str
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.env = engine, engine.env
+    def __init__(self, queues: Queues) -> None:
+        self.queues, self.env = queues, queues.env
         self.job: Job | None = None
         self.start_s = 0.0
         self._left_s = self._since_s = 0.0
@@ -57,8 +57,8 @@ class Resource(ABC):
             return
         self.job, self._left_s, self._rate = job, job.duration_s, 1.0
         self.start_s = self._since_s = self.env.now
-        if self.engine.contended:
-            self.engine.busy_changed()
+        if self.queues.contended:
+            self.queues.busy_changed()
         if self._timer is None:
             self._arm()
 
@@ -80,7 +80,7 @@ class Resource(ABC):
         if event is not self._timer or self.job is None:
             return
         job, self.job, self._timer = self.job, None, None
-        self.engine.ended(self, job)
+        self.queues.ended(self, job)
 
 
 class Gpu(Resource):
@@ -88,12 +88,12 @@ class Gpu(Resource):
 
     name = "gpu"
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
+    def __init__(self, queues: Queues) -> None:
+        super().__init__(queues)
         self.queue: deque[Job] = deque()
 
     def next_job(self) -> Job | None:
-        queue, pending, awaited = self.queue, self.engine.pending, self.engine.awaited
+        queue, pending, awaited = self.queue, self.queues.pending, self.queues.awaited
         if not queue or not pending.isdisjoint(queue[0].after):
             return None
         job = queue.popleft()
@@ -113,8 +113,8 @@ class Link(Resource):
 
     name = "link"
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
+    def __init__(self, queues: Queues) -> None:
+        super().__init__(queues)
         self.demand: deque[Job] = deque()
         self.prefetch: deque[Job] = deque()
 
@@ -131,7 +131,7 @@ class Link(Resource):
 
     def next_job(self) -> Job | None:
         for queue in (self.demand, self.prefetch):
-            if queue and self.engine.pending.isdisjoint(queue[0].after):
+            if queue and self.queues.pending.isdisjoint(queue[0].after):
                 return queue.popleft()
         return None
 
@@ -141,8 +141,8 @@ class Cpu(Resource):
 
     name = "cpu"
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
+    def __init__(self, queues: Queues) -> None:
+        super().__init__(queues)
         self.queue: deque[Job] = deque()
 
     def next_job(self) -> Job | None:

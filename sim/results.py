@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from traces.errors import InputError
 
@@ -86,8 +87,7 @@ class RunResult:
     @classmethod
     def of(cls, info: RunInfo, **rows: list[tuple[Any, ...]]) -> RunResult:
         """Builds the tables from lists of tuples in the order of :data:`COLUMNS`; tables left out are empty."""
-        tables = {name: pd.DataFrame(rows.get(name, []), columns=list(columns)) for name, columns in COLUMNS.items()}
-        return cls(info=info, **tables)
+        return cls(info=info, **{name: _table(columns, rows.get(name, [])) for name, columns in COLUMNS.items()})
 
     def save(self, folder: Path, *, force: bool = False) -> Path:
         """Writes ``run.json`` and one Parquet file a table; the folder appears complete or not at all.
@@ -105,15 +105,49 @@ class RunResult:
     @classmethod
     def load(cls, folder: Path) -> RunResult:
         """Reads what :meth:`save` wrote; raises :class:`ResultError` naming the file that is missing or wrong."""
-        try:
-            info = RunInfo.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8")))
-            tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in COLUMNS}
-        except (OSError, ValueError, ValidationError) as error:
-            raise ResultError(f"{folder} must be a result folder of moetwin, got: {error}") from error
-        for name, columns in COLUMNS.items():
-            if tuple(tables[name].columns) != columns:
-                raise ResultError(f"{folder / name}.parquet must have columns {columns}")
-        return cls(info=info, **tables)
+        info = _read(folder / "run.json", _read_info)
+        return cls(info=info, **{name: _read(folder / f"{name}.parquet", _read_table) for name in COLUMNS})
+
+
+Content = TypeVar("Content")
+
+
+def _read(path: Path, read: Callable[[Path], Content]) -> Content:
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:
+        reason = "nothing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise ResultError(f"{path} must be part of a result folder of moetwin, got {reason}") from error
+
+
+def _read_info(path: Path) -> RunInfo:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    version = values.get("result_version") if isinstance(values, dict) else None
+    if version != RESULT_VERSION:
+        raise ResultError(f"result_version must be {RESULT_VERSION}, got {version!r}")
+    return RunInfo.model_validate(values)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    table, columns = pd.read_parquet(path), COLUMNS[path.stem]
+    if tuple(table.columns) != columns:
+        raise ResultError(f"columns must be {', '.join(columns)}, got {', '.join(map(str, table.columns))}")
+    return table
+
+
+TEXT_COLUMNS = frozenset({"resource", "kind", "op"})
+"""Columns of words; those that end in ``_s`` are float64, all others int64."""
+
+
+def _table(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
+    values = [*zip(*rows, strict=True)] or [()] * len(columns)
+    return pd.DataFrame({name: _column(name, column) for name, column in zip(columns, values, strict=True)})
+
+
+def _column(name: str, values: Sequence[Any]) -> Any:
+    if name in TEXT_COLUMNS:
+        return pd.Series(values, dtype=str)
+    return np.array(values, dtype=np.float64 if name.endswith("_s") else np.int64)
 
 
 def check_folder(folder: Path, *, force: bool) -> None:
@@ -127,15 +161,18 @@ def check_folder(folder: Path, *, force: bool) -> None:
 def write_folder(folder: Path, write: Callable[[Path], None], *, force: bool = False) -> Path:
     """Calls ``write(temporary folder)`` and moves the outcome to ``folder``, so that no partial result is ever seen."""
     check_folder(folder, force=force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.partial")
+    target = folder.resolve()  # so that a name such as "." can be put beside itself
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir()
         write(draft)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        draft.rename(target)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
     return folder

@@ -15,7 +15,7 @@ from sim.results import RunInfo, RunResult
 from sim.systems import Budget, SystemSpec
 from traces.errors import InputError
 from traces.schema import NOT_ROUTED, Trace
-from traces.workload import Step, Workload, next_uses, routings
+from traces.workload import Routing, Step, Workload, next_uses, routings
 
 
 def build_controller(workload: Workload, system: SystemSpec, budget: Budget, costs: Costs) -> OffloadController:
@@ -58,6 +58,29 @@ def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
     return of_step
 
 
+def routings_of(workload: Workload) -> Callable[[Step], list[Routing]]:
+    """For a step: the routing of every layer, as :func:`traces.workload.routings` gives it.
+
+    Steps of one token, which are most of a run, are sorted together beforehand.
+    """
+    trace = workload.trace
+    width = trace.header.top_k
+    single = [step for step in workload if len(step.rows) == 1]
+    rows = np.array([step.rows[0] for step in single], dtype=np.int64)
+    chosen = np.sort(trace.expert_ids[rows], axis=-1)  # [n, L, K], NOT_ROUTED last
+    routed = (chosen[..., -1] != NOT_ROUTED).all(axis=-1).tolist()
+    place = {step.index: index for index, step in enumerate(single) if routed[index]}
+    ones = (1,) * width
+
+    def of_step(step: Step) -> list[Routing]:
+        index = place.get(step.index)
+        if index is None:
+            return routings(trace, step)
+        return [tuple.__new__(Routing, (tuple(experts), ones, width)) for experts in chosen[index].tolist()]
+
+    return of_step
+
+
 def _by_count(ids: np.ndarray) -> list[int]:
     counts = Counter(ids.ravel().tolist())
     counts.pop(NOT_ROUTED, None)
@@ -72,14 +95,17 @@ def simulate(
     *,
     hardware: str,
     events: bool = True,
+    operations: bool = True,
     progress: Callable[[], None] = lambda: None,
 ) -> RunResult:
-    """Runs ``workload`` in simulated time. ``hardware`` names the machine that ``costs`` describe."""
+    """Runs ``workload`` in simulated time. ``hardware`` names the machine that ``costs`` describe.
+
+    Without ``events`` and ``operations`` these two long tables stay empty, which is quicker: for sweeps.
+    """
     controller = build_controller(workload, system, budget, costs)
-    engine = Engine(controller, costs, events=events)
-    trace = workload.trace
-    predictions = predictions_of(trace, system.lookahead_depth)
-    engine.run(workload.steps, lambda step: routings(trace, step), predictions, progress)
+    engine = Engine(controller, costs, events=events, operations=operations)
+    predictions = predictions_of(workload.trace, system.lookahead_depth)
+    engine.run(workload.steps, routings_of(workload), predictions, progress)
     return engine.log.result(run_info("simulated", workload, controller, hardware=hardware, costs=costs.name))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
@@ -64,14 +66,14 @@ def parse_capacity(text: str, *, layers: int, experts: int, scope: str = "layer"
     A percentage means floor(f * experts). Raises :class:`InputError` for 0, above 100 %, or less than one expert.
     """
     pool = experts * (layers if scope == "global" else 1)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(%?)\s*", text)
     if not match:
         raise InputError(f"cache must be a number of slots or a percentage, got {text!r}")
-    number, percent = float(match[1]), bool(match[2])
-    if not percent and not number.is_integer():
+    number, percent = Fraction(match[1]), bool(match[2])
+    if not percent and number.denominator != 1:
         raise InputError(f"cache must be a whole number of slots (or carry a %), got {text!r}")
-    slots = int(pool * number / 100 + 1e-9) if percent else int(number)
-    if not 1 <= slots <= pool:
+    slots = math.floor(pool * number / 100 if percent else number)
+    if not 1 <= slots <= pool or (percent and number > 100):
         raise InputError(f"cache must be between 1 and {pool} slots, got {text.strip()} which is {slots}")
     return Budget(slots=slots)
 

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from real.models.train import (
     Recipe,
     Trainer,
     app,
+    expert_loads,
     make_model,
     rate_factor,
     replace_folder,
@@ -88,10 +90,12 @@ def trainer(toy_corpus: corpora.Corpus, tokenizer: PreTrainedTokenizerFast) -> T
     return make_trainer(toy_corpus, tokenizer, TOY)
 
 
-def make_trainer(toy_corpus: corpora.Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Trainer:
+def make_trainer(
+    toy_corpus: corpora.Corpus, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, workers: int = 1
+) -> Trainer:
     stream = training_stream(tokenizer, toy_corpus.train, recipe.seed)
     sampler = SequenceSampler(stream, recipe.sequence_length, recipe.batch_size, recipe.seed)
-    return Trainer(recipe, make_model(recipe, tokenizer), sampler)
+    return Trainer(recipe, make_model(recipe, tokenizer), sampler, workers)
 
 
 def weights_of(trainer: Trainer) -> torch.Tensor:
@@ -268,8 +272,8 @@ def test_router_losses_are_one_when_even_and_grow_when_not() -> None:
     even = torch.eye(4).repeat(8, 1) * 5.0
     uneven = torch.zeros(32, 4)
     uneven[:, 0] = 5.0
-    assert router_losses([even, even], top_k=1)[0].item() == pytest.approx(2.0)
-    assert router_losses([uneven], top_k=1)[0].item() > 3.5
+    assert router_losses([even, even], expert_loads([even, even], 1))[0].item() == pytest.approx(2.0)
+    assert router_losses([uneven], expert_loads([uneven], 1))[0].item() > 3.5
 
 
 def test_rate_warms_up_and_ends_at_zero() -> None:
@@ -303,6 +307,34 @@ def test_the_same_seed_gives_the_same_weights(
         for _ in range(4):
             run.step()
     assert torch.equal(weights_of(trainer), weights_of(other))
+
+
+def test_workers_share_a_batch_and_balance_it_as_a_whole(
+    toy_corpus: corpora.Corpus, tokenizer: PreTrainedTokenizerFast, trainer: Trainer
+) -> None:
+    pair = make_trainer(toy_corpus, tokenizer, TOY, workers=2)
+    pair.warm_up()
+    for run in (trainer, pair):
+        run.step()
+    assert pair.progressed.loss == pytest.approx(trainer.progressed.loss, rel=1e-5)
+    assert pair.progressed.balance == pytest.approx(trainer.progressed.balance, rel=1e-5)
+    for one, two in zip(trainer.parameters, pair.parameters, strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_failing_worker_does_not_leave_the_other_waiting(
+    toy_corpus: corpora.Corpus, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pair = make_trainer(toy_corpus, tokenizer, TOY, workers=2)
+    batch = torch.from_numpy(pair.sampler.batch(0))
+    batch[-1] = TOY.vocab_size + 7
+    with pytest.raises((IndexError, threading.BrokenBarrierError)):
+        pair._fill_gradients(batch)
+
+
+def test_workers_must_divide_the_batch(toy_corpus: corpora.Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="workers must divide batch_size 8, got 3"):
+        make_trainer(toy_corpus, tokenizer, TOY, workers=3)
 
 
 def test_a_resumed_run_goes_on_exactly(

@@ -1,1 +1,1 @@
-"""The small Mixture-of-Experts language model that ships with the project: corpus, training, evaluation."""
+"""Models: the families of transformers behind one face, loading, and the small model that ships (its training too)."""

@@ -175,7 +175,7 @@ def evaluate(
     seed: int,
     length: int = 512,
     lru_tokens: int = 4096,
-    domain_tokens: int = 40_000,
+    domain_tokens: int = 20_000,
 ) -> dict[str, Any]:
     """Evaluate on every domain's held-out documents; `stream` is the training stream, for the baselines.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
 ATTENTION_BLOCK = 128
-ROW_BUCKET = 64
+ROW_BUCKET = 32
 LOSS_CHUNK = 1024
 
 
@@ -26,10 +26,11 @@ def keep_heap_memory() -> None:
 
     Does nothing where the C library has no `mallopt`.
     """
-    mmap_max, trim_threshold, top_pad = -4, -1, -2
+    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
+            mallopt(arena_max, 1)
             mallopt(mmap_max, 0)
             mallopt(trim_threshold, 2**31 - 1)
             mallopt(top_pad, 256 * 2**20)

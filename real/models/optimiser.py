@@ -82,6 +82,9 @@ def make_optimisers(model: nn.Module, lr: float, weight_decay: float) -> list[to
             adam.append(weight)
         else:
             plain.append(weight)
-    muon = Muon([{"params": plain}, {"params": fused, "fused_pair": True}], lr=lr, weight_decay=weight_decay)
+    muons = [
+        Muon([{"params": fused, "fused_pair": True}], lr=lr, weight_decay=weight_decay),
+        Muon([{"params": plain}], lr=lr, weight_decay=weight_decay),
+    ]
     groups: list[dict[str, Any]] = [{"params": adam}, {"params": norms, "weight_decay": 0.0}]
-    return [muon, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
+    return [*muons, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]

@@ -11,8 +11,10 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,21 +115,39 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeFo
     return model
 
 
-def router_losses(all_logits: list[Tensor], top_k: int) -> tuple[Tensor, Tensor]:
+def expert_loads(all_logits: list[Tensor], top_k: int) -> list[Tensor]:
+    """Count each layer's assignments to each expert: float tensors [experts] from router logits [tokens, experts]."""
+    chosen = (torch.topk(logits.detach(), top_k, dim=-1).indices.reshape(-1) for logits in all_logits)
+    return [torch.bincount(c, minlength=logits.shape[1]).float() for c, logits in zip(chosen, all_logits, strict=True)]
+
+
+def router_losses(all_logits: list[Tensor], loads: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Give the load-balancing loss (1 a layer when even) and the z-loss, each summed over losses of single layers.
 
-    Router logits are [tokens, experts] and hold every token of the batch: the balance is asked of the batch as a
-    whole, so that one text's tokens may prefer some experts. Balance after Fedus et al., "Switch Transformers" (2021).
+    `loads` count the assignments of the whole batch, also when the logits [tokens, experts] are of a part of it: the
+    balance is asked of the batch as a whole, so that one text's tokens may prefer some experts. Balance after Fedus
+    et al., "Switch Transformers" (2021).
     """
     balance, z = torch.zeros(()), torch.zeros(())
-    for logits in all_logits:
-        tokens, experts = logits.shape
-        probs = torch.softmax(logits, -1)
-        chosen = torch.topk(logits.detach(), top_k, dim=-1).indices.reshape(-1)
-        load = torch.bincount(chosen, minlength=experts).float() / (tokens * top_k)
-        balance = balance + experts * (load * probs.mean(0)).sum()
+    for logits, load in zip(all_logits, loads, strict=True):
+        probs = torch.softmax(logits, -1).mean(0)
+        balance = balance + len(load) * (load / load.sum() * probs).sum()
         z = z + torch.logsumexp(logits, -1).square().mean()
     return balance, z
+
+
+class LoadExchange:
+    """Let workers that each run a part of a batch add up their expert loads in the middle of a step."""
+
+    def __init__(self, workers: int) -> None:
+        self.barrier = threading.Barrier(workers)
+        self._parts: list[list[Tensor]] = [[] for _ in range(workers)]
+
+    def total(self, worker: int, loads: list[Tensor]) -> list[Tensor]:
+        """Hand in the loads of `worker` and give the sums over all workers; waits for the others."""
+        self._parts[worker] = loads
+        self.barrier.wait()
+        return [torch.stack(layer).sum(0) for layer in zip(*self._parts, strict=True)]
 
 
 def rate_factor(share: float, recipe: Recipe) -> float:
@@ -138,12 +158,21 @@ def rate_factor(share: float, recipe: Recipe) -> float:
 
 
 class Trainer:
-    """Model, optimisers and data of one run, with its saved state."""
+    """Model, optimisers and data of one run, with its saved state.
 
-    def __init__(self, recipe: Recipe, model: Qwen3MoeForCausalLM, sampler: SequenceSampler) -> None:
-        self.recipe, self.model, self.sampler = recipe, model, sampler
+    With several `workers`, each runs a part of every batch in a thread of its own: they meet twice a step instead of
+    in every operation, which matters on processors that other programs use as well. The gradients are added in the
+    workers' order, so a run is repeatable with the same number of workers.
+    """
+
+    def __init__(self, recipe: Recipe, model: Qwen3MoeForCausalLM, sampler: SequenceSampler, workers: int = 1) -> None:
+        if workers < 1 or recipe.batch_size % workers:
+            raise ValueError(f"workers must divide batch_size {recipe.batch_size}, got {workers}")
+        self.recipe, self.model, self.sampler, self.workers = recipe, model, sampler, workers
+        self.parameters = list(model.parameters())
         self.optimisers = make_optimisers(model, recipe.learning_rate, recipe.weight_decay)
         self.progressed = Progressed()
+        self._pool = ThreadPoolExecutor(workers)
 
     def share_done(self) -> float:
         """Give how much of the budget is used, 0 to 1."""
@@ -156,19 +185,44 @@ class Trainer:
         begin_s = time.perf_counter()
         rate = self.recipe.learning_rate * rate_factor(self.share_done(), self.recipe)
         batch = torch.from_numpy(self.sampler.batch(self.progressed.step))
-        loss, logits = training_forward(self.model, batch[:, :-1], batch[:, 1:], self.recipe.dtype)
-        balance, z = router_losses(logits, self.recipe.top_k)
-        (loss + self.recipe.balance_weight * balance + self.recipe.router_z_weight * z).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)
+        loss, balance = self._fill_gradients(batch)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        list(self._pool.map(lambda optimiser: optimiser.step(), self.optimisers))
         self.progressed.step += 1
-        self.progressed.loss = float(loss.detach())
-        self.progressed.balance = float(balance.detach()) / len(logits)
+        self.progressed.loss, self.progressed.balance = loss, balance / self.recipe.layers
         self.progressed.elapsed_s += time.perf_counter() - begin_s
+
+    def _fill_gradients(self, batch: Tensor) -> tuple[float, float]:
+        """Set the parameters' gradients for token ids [batch, length + 1]; return cross-entropy and balance loss."""
+        exchange = LoadExchange(self.workers)
+        parts = batch.chunk(self.workers)
+        results = list(self._pool.map(lambda job: self._run_part(*job, exchange), enumerate(parts)))
+        for parameter, *gradients in zip(self.parameters, *(gradients for _, _, gradients in results), strict=True):
+            parameter.grad = gradients[0]
+            for gradient in gradients[1:]:
+                parameter.grad += gradient
+        return sum(loss for loss, _, _ in results) / self.workers, sum(b for _, b, _ in results) / self.workers
+
+    def _run_part(self, worker: int, part: Tensor, exchange: LoadExchange) -> tuple[float, float, tuple[Tensor, ...]]:
+        """Give cross-entropy, balance loss and this part's share of the gradients."""
+        try:
+            loss, logits = training_forward(self.model, part[:, :-1], part[:, 1:], self.recipe.dtype)
+            loads = exchange.total(worker, expert_loads(logits, self.recipe.top_k))
+        except BaseException:
+            exchange.barrier.abort()
+            raise
+        balance, z = router_losses(logits, loads)
+        objective = loss + self.recipe.balance_weight * balance + self.recipe.router_z_weight * z
+        gradients = torch.autograd.grad(objective / self.workers, self.parameters)
+        return float(loss.detach()), float(balance.detach()), gradients
+
+    def warm_up(self) -> None:
+        """Run one part once, so that code is compiled before several threads want it."""
+        part = torch.from_numpy(self.sampler.batch(0)).chunk(self.workers)[0]
+        self._run_part(0, part, LoadExchange(1))
 
     def save_state(self, path: Path) -> None:
         """Write all that `load_state` needs to go on exactly; the file appears under its name only when complete."""
@@ -277,7 +331,8 @@ def collect_figures(trainer: Trainer, corpus: Corpus, stream_tokens: int, comman
             "epochs": tokens / stream_tokens,
             "wall_s": done.elapsed_s,
             "tokens_per_s": tokens / done.elapsed_s,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads() * trainer.workers,
+            "workers": trainer.workers,
             "last_training_loss": done.loss,
         },
         "software": {
@@ -311,7 +366,14 @@ def publish(
 
 
 def train_model(
-    recipe: Recipe, corpus: Corpus, out: Path, work: Path, *, resume: bool = False, command: str = ""
+    recipe: Recipe,
+    corpus: Corpus,
+    out: Path,
+    work: Path,
+    *,
+    workers: int = 1,
+    resume: bool = False,
+    command: str = "",
 ) -> dict[str, Any]:
     """Train by `recipe` on `corpus` and write the finished model to `out`; `work` keeps the log and the saved state.
 
@@ -322,9 +384,11 @@ def train_model(
     tokenizer = train_tokenizer(texts, recipe.vocab_size, recipe.max_positions)
     stream = training_stream(tokenizer, corpus.train, recipe.seed)
     sampler = SequenceSampler(stream, recipe.sequence_length, recipe.batch_size, recipe.seed)
-    trainer = Trainer(recipe, make_model(recipe, tokenizer), sampler)
+    trainer = Trainer(recipe, make_model(recipe, tokenizer), sampler, workers)
     if resume:
         trainer.load_state(work / STATE_NAME)
+    if workers > 1:
+        trainer.warm_up()
     run_training(trainer, work)
     return publish(trainer, tokenizer, corpus, stream, out, command or _command(recipe, compiled=False))
 
@@ -340,7 +404,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights, document order and batches.")] = Recipe.seed,
     corpus: Annotated[Path | None, typer.Option(help="Corpus folder; built there when missing.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of log and saved state (default: OUT-work).")] = None,
-    threads: Annotated[int, typer.Option(help="Processor threads (0: torch's own choice).")] = 0,
+    workers: Annotated[int, typer.Option(help="Parts of a batch that run side by side, one thread each.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the saved state in the work folder.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile elementwise code (needs g++).")] = False,
 ) -> None:
@@ -357,14 +421,14 @@ def main(
     if minutes <= 0:
         raise typer.BadParameter(f"minutes must be positive, got {minutes}")
     keep_heap_memory()
-    if threads:
-        torch.set_num_threads(threads)
+    if workers > 1:
+        torch.set_num_threads(1)
     if compiled:
         compile_pieces()
     recipe = Recipe(minutes=minutes, steps=steps, seed=seed)
     folder = work or out.with_name(f"{out.name}-work")
     texts = _prepare_corpus(corpus or default_corpus_dir())
-    train_model(recipe, texts, out, folder, resume=resume, command=_command(recipe, compiled))
+    train_model(recipe, texts, out, folder, workers=workers, resume=resume, command=_command(recipe, compiled))
     typer.echo(f"model, figures and card are in {out}")
 
 

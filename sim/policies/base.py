@@ -63,13 +63,20 @@ class EvictionPolicy(Policy):
     def key(self, block: int) -> float:
         """Worth of keeping ``block`` as of the last observed event; called only for residents and the event's own."""
 
+    def keys(self, blocks: Sequence[int]) -> Sequence[float]:
+        """:meth:`key` of each of ``blocks``; to be overridden where one pass over all of them is quicker."""
+        return [self.key(block) for block in blocks]
+
     def forget(self, block: int) -> None:
-        """``block`` has left the cache."""
+        """``block`` has left the cache, or was used without being kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerView:
-    """One layer's work at the moment it is placed: expert ids with their token counts, and predicted seconds."""
+    """One layer's work at the moment it is placed: expert ids with their token counts, and predicted seconds.
+
+    ``hits`` and ``misses`` are in order of submission: most tokens first, then the lowest id.
+    """
 
     layer: int
     hits: Sequence[tuple[int, int]]
@@ -82,6 +89,9 @@ class LayerView:
 
 class PlacementPolicy(Policy):
     """Says which of a layer's experts run on the CPU; every other one runs on the GPU, fetched when it is missing."""
+
+    uses_cpu: ClassVar[bool] = True
+    """False: the policy sends nothing to the CPU, and is not asked."""
 
     @abstractmethod
     def on_cpu(self, view: LayerView) -> Sequence[int]:

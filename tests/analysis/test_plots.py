@@ -43,6 +43,12 @@ def test_token_latency_marks_new_sequences(measured: RunResult, simulated: RunRe
     assert [float(np.asarray(mark.get_xdata())[0]) for mark in marks] == [1.5]
 
 
+def test_lanes_that_alternate_are_not_new_sequences(measured: RunResult, simulated: RunResult) -> None:
+    tokens = compare(measured, simulated).tokens
+    lanes = pd.concat([tokens, tokens.assign(sequence=1)]).sort_values("step", kind="stable", ignore_index=True)
+    assert len(plots.token_latency(lanes).axes[0].lines) == 2
+
+
 def test_components_stack_to_the_token(measured: RunResult, simulated: RunResult) -> None:
     figure = plots.components(compare(measured, simulated).critical())
     bars = figure.axes[0].patches

@@ -102,6 +102,17 @@ def test_batch_and_padding_change_nothing_for_a_sequence(model_type: str) -> Non
             assert np.allclose(one[name].astype(float), other[name].astype(float), atol=2e-3)
 
 
+def test_equal_weights_are_ordered_by_expert() -> None:
+    loaded = tiny.model()
+    collector = Collector(loaded, scores=False, lookahead_depth=0)
+    one = torch.ones(1, 1)
+    collector.begin_step(0, Phase.PREFILL, one.bool(), one.long(), one.long())
+    for layer, ids in enumerate(([5, 2], [6, 7])):
+        call = RouterCall(layer, one, one, torch.tensor([[0.5, 0.5]]), torch.tensor([ids]))
+        collector.on_route(call)
+    assert collector.finish().expert_ids.tolist() == [[[2, 5], [6, 7]]]
+
+
 def test_an_ended_lane_is_not_recorded() -> None:
     loaded = tiny.model()
     prompts = [[5, 17, 200], [90, 4]]

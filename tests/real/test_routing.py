@@ -180,6 +180,8 @@ def test_rows_of_a_pass_are_found_by_sequence_and_position() -> None:
     kept = rows[[0, 1, 3, 4]]
     assert trace.sequence[kept].tolist() == [0, 0, 1, 1]
     assert trace.position[kept].tolist() == [5, 6, 1, 0]
+    later = Trace.of(trace.header, **{**dict(trace.arrays()), "position": trace.position + 10})
+    assert Replay(later, loaded).rows([0, 1, 1], mask, positions + 10).tolist() == rows.tolist()
 
 
 def test_replay_refuses_what_does_not_fit() -> None:

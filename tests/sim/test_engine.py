@@ -231,7 +231,9 @@ def test_a_job_can_be_slowed_in_its_middle_only() -> None:
     times = play(Script(layers, {1: [prefetch(90, 5, 1)]}), costs)
     # dispatch to 4, dense to 6; expert 6-7 beside the copy; dispatch to 10; dense 10-12 beside it
     assert times["gpu", "dense", 1, -1] == (10, 12)
-    assert times["link", "prefetch", 1, 5] == pytest.approx((6, 6 + 1 + 3 + 2 + (6 - 1 / 3 - 3 - 2 / 3) + 2 / 3), abs=1)
+    assert times["gpu", "expert", 1, 1] == (12, 13)
+    work = {(6, 7): 1 / 3, (7, 10): 3, (10, 12): 2 / 3, (12, 13): 1 / 3}
+    assert times["link", "prefetch", 1, 5] == pytest.approx((6, 13 + 6 - sum(work.values())))
 
 
 # Laws on random runs.

@@ -24,5 +24,8 @@ class Lfu(EvictionPolicy):
     def key(self, block: int) -> float:
         return self._uses[block]
 
+    def keys(self, blocks: Sequence[int]) -> Sequence[float]:
+        return [*map(self._uses.__getitem__, blocks)]
+
     def forget(self, block: int) -> None:
         self._uses[block] = 0

@@ -23,3 +23,6 @@ class Lru(EvictionPolicy):
 
     def key(self, block: int) -> float:
         return self._last_use[block]
+
+    def keys(self, blocks: Sequence[int]) -> Sequence[float]:
+        return [*map(self._last_use.__getitem__, blocks)]

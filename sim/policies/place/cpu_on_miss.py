@@ -18,5 +18,4 @@ class CpuOnMiss(PlacementPolicy):
     name: ClassVar[str] = "cpu-on-miss"
 
     def on_cpu(self, view: LayerView) -> Sequence[int]:
-        by_load = sorted(view.misses, key=lambda miss: (-miss[1], miss[0]))
-        return [expert for expert, _ in by_load[view.free_slots :]]
+        return [expert for expert, _ in view.misses[view.free_slots :]]

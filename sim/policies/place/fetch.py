@@ -12,6 +12,7 @@ class Fetch(PlacementPolicy):
     """Runs every expert on the GPU: a missing one is copied first, and the GPU waits for it."""
 
     name: ClassVar[str] = "fetch"
+    uses_cpu: ClassVar[bool] = False
 
     def on_cpu(self, view: LayerView) -> Sequence[int]:
         return ()

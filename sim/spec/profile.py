@@ -1,0 +1,99 @@
+"""A calibrated profile: what pieces of work took on one machine, for one model's dimensions, with their spread."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+
+from sim.spec.catalogue import first_fault
+from sim.spec.hardware import HostSpec
+from sim.spec.model import ModelSpec
+from traces.errors import InputError
+
+PROFILE_VERSION = 1
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Point(_Table):
+    """Seconds of one piece of work: ``best_s`` is the least of the repeats, the value that predictions use."""
+
+    size: NonNegativeInt = Field(description="tokens of an expert, bytes of a copy, lanes of the head")
+    best_s: NonNegativeFloat
+    median_s: NonNegativeFloat
+    p90_s: NonNegativeFloat
+    repeats: PositiveInt
+
+
+class DensePoint(_Table):
+    """Seconds of a layer's dense part for ``tokens``, as ``base_s + per_context_s * context``."""
+
+    tokens: PositiveInt
+    base_s: NonNegativeFloat
+    per_context_s: NonNegativeFloat
+    least_context: PositiveInt
+    most_context: PositiveInt
+    p90_s: NonNegativeFloat
+    repeats: PositiveInt
+
+
+class Slowdown(_Table):
+    """Factor by which work on ``resource`` takes longer while ``others`` are busy."""
+
+    resource: str
+    others: tuple[str, ...]
+    factor: float = Field(ge=1.0)
+
+
+class Profile(_Table):
+    """One machine, one model's dimensions, one device. Times are seconds."""
+
+    profile_version: int = PROFILE_VERSION
+    name: str
+    device: str
+    date: str
+    machine: dict[str, str]
+    model: ModelSpec
+    host: HostSpec
+    copies: tuple[Point, ...] = Field(min_length=1)
+    gpu_expert: tuple[Point, ...] = Field(min_length=1)
+    cpu_expert_first: tuple[Point, ...] = Field(min_length=1)
+    cpu_expert_later: tuple[Point, ...] = Field(min_length=1)
+    dense: tuple[DensePoint, ...] = Field(min_length=1)
+    head: tuple[Point, ...] = Field(min_length=1)
+    lookahead_s: NonNegativeFloat
+    slowdowns: tuple[Slowdown, ...] = ()
+    token_s: NonNegativeFloat = Field(description="mean measured seconds of a decode token in the calibration runs")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content: a result names the profile that it was computed with."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path, *, force: bool = False) -> None:
+        """Writes TOML, whole or not at all; raises :class:`InputError` for a file that exists, without ``force``."""
+        if path.exists() and not force:
+            raise InputError(f"out must be a new file (or give --force), got {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.partial")
+        draft.write_text(tomli_w.dumps(self.model_dump(mode="json")), encoding="utf-8")
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Reads what :meth:`save` wrote; raises :class:`InputError` naming the file and what is wrong with it."""
+        try:
+            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise InputError(f"profile must be readable, got {path} ({error.strerror})") from error
+        except ValidationError as error:
+            raise InputError(f"{path}: {first_fault(error)}") from error
+        except ValueError as error:
+            raise InputError(f"profile must be TOML, got {path} ({error})") from error

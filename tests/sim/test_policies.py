@@ -1,0 +1,120 @@
+"""Every policy alone, on cases worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from sim.policies import EVICTION, PLACEMENT, PREFETCH, LayerView, PolicyContext
+from sim.policies.base import NEVER
+from tests.sim.hand import run, total_misses, trace_of, misses_by_step
+
+CONTEXT = PolicyContext(layers=2, experts=4, top_k=2)
+
+
+class Timetable:
+    """A future that is written down: block -> events in which it is used."""
+
+    def __init__(self, uses: dict[int, list[int]]) -> None:
+        self.uses = uses
+
+    def next_use(self, block: int, event: int) -> int:
+        return next((use for use in self.uses.get(block, []) if use > event), NEVER)
+
+
+def test_lru_ranks_by_the_last_use() -> None:
+    policy = EVICTION["lru"](CONTEXT)
+    policy.observe(0, [0, 1], [1, 1])
+    policy.observe(1, [4], [1])
+    policy.observe(2, [1], [1])
+    assert sorted([0, 1, 4], key=policy.key) == [0, 4, 1]
+    assert [*policy.keys([0, 1, 4])] == [policy.key(block) for block in (0, 1, 4)]
+
+
+def test_lfu_ranks_by_events_and_not_by_tokens() -> None:
+    policy = EVICTION["lfu"](CONTEXT)
+    policy.observe(0, [0, 1], [9, 1])
+    policy.observe(1, [1], [1])
+    assert [*policy.keys([0, 1, 2])] == [1, 2, 0]
+    policy.forget(1)
+    assert [policy.key(block) for block in (0, 1, 2)] == [1, 0, 0]
+
+
+def test_belady_ranks_by_the_next_use_after_the_event() -> None:
+    future = Timetable({0: [0, 4], 1: [0, 2, 6], 2: [0]})
+    policy = EVICTION["belady"](PolicyContext(1, 4, 3, future))
+    policy.observe(0, [0, 1, 2], [1, 1, 1])
+    assert [*policy.keys([0, 1, 2])] == [policy.key(block) for block in (0, 1, 2)] == [-4, -2, -NEVER]
+    policy.observe(2, [1], [1])
+    assert policy.key(1) == -6
+
+
+def test_belady_without_a_future_is_refused() -> None:
+    with pytest.raises(ValueError, match="belady must be given the future routing, got none"):
+        EVICTION["belady"](CONTEXT)
+
+
+def view(misses: list[tuple[int, int]], free: int) -> LayerView:
+    return LayerView(0, [(9, 1)], misses, free, lambda tokens: 1.0, lambda tokens, first: 1.0, 1.0)
+
+
+def test_fetch_never_uses_the_cpu() -> None:
+    assert [*PLACEMENT["fetch"](CONTEXT).on_cpu(view([(0, 3), (1, 1)], 0))] == []
+
+
+def test_cpu_on_miss_fetches_the_most_loaded_into_free_slots() -> None:
+    policy = PLACEMENT["cpu-on-miss"](CONTEXT)
+    misses = [(5, 7), (0, 3), (3, 3), (1, 1)]  # most tokens first
+    assert [*policy.on_cpu(view(misses, 0))] == [5, 0, 3, 1]
+    assert [*policy.on_cpu(view(misses, 2))] == [3, 1]
+    assert [*policy.on_cpu(view(misses, 9))] == []
+
+
+def test_no_prefetch_wants_nothing() -> None:
+    assert [*PREFETCH["none"](CONTEXT).candidates(0, [[1, 2]])] == []
+
+
+def test_next_router_wants_the_next_layer_in_the_order_of_the_prediction() -> None:
+    assert [*PREFETCH["next-router"](CONTEXT).candidates(3, [[2, 0], [1]])] == [(4, 2), (4, 0)]
+    assert [*PREFETCH["next-router"](CONTEXT).candidates(3, [])] == []
+
+
+# One layer, one expert a token, two slots. The same sequence of experts separates the policies.
+
+SEQUENCE = [0, 0, 1, 2, 0, 3, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("evict", "missed"),
+    [
+        # cache after each:      0   0   01  12  20  03  03  01
+        ("lru", [1, 0, 1, 1, 1, 1, 0, 1]),
+        # 0 has two uses when 2 comes: 1 leaves, and 0 stays
+        ("lfu", [1, 0, 1, 1, 0, 1, 0, 1]),
+        # 2 and 3 never come again: they pass through, 0 and 1 stay
+        ("belady", [1, 0, 1, 1, 0, 1, 0, 0]),
+    ],
+)
+def test_one_sequence_by_three_policies(evict: str, missed: list[int]) -> None:
+    result = run(trace_of([[[expert]] for expert in SEQUENCE]), 2, evict=evict)
+    assert misses_by_step(result) == [[miss] for miss in missed]
+
+
+def test_lfu_forgets_what_has_left() -> None:
+    """0 is used most often in all, but it leaves, and starts again from nothing: its one use of the second stay is
+    fewer than the two of 1, so that 3 pushes it out again."""
+    sequence = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 3, 1, 2]
+    # cache: 0 and 1 until 2 comes (uses 3 and 4: 0 leaves); 0 comes (uses 4 and 5: 1 leaves); 3 pushes out 0 (1 and 5)
+    result = run(trace_of([[[expert]] for expert in sequence]), 2, evict="lfu")
+    assert [row[0] for row in misses_by_step(result)] == [1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 0]
+
+
+def test_lfu_counts_a_stay_only() -> None:
+    """What is streamed past the cache, or computed on the CPU, leaves at once: its count does not grow in absence."""
+    # two slots, unions of three: keys are equal, the lowest leaves first, so 0 is streamed twice
+    trace = trace_of([[[0, 1, 2]], [[0, 1, 2]], [[0, 3]], [[0, 3]]])
+    result = run(trace, 2, evict="lfu")
+    assert misses_by_step(result) == [[3], [1], [2], [0]]
+    # CPU: 2 is never resident, whatever its use; 0 and 1 fill the cache and stay
+    result = run(trace_of([[[0, 1]], [[2, 3]], [[2, 3]], [[0, 1]]]), 2, evict="lfu", place="cpu-on-miss")
+    assert misses_by_step(result) == [[2], [2], [2], [0]]
+    assert total_misses(result) == 6
