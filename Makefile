@@ -18,7 +18,7 @@ help: ## show this list
 	@grep -hE '^[.a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([.a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 demo: $(STAMP) ## run the whole twin on the small model, and say where the report is
-	@$(BIN)/moetwin demo
+	@$(BIN)/moetwin demo --force
 
 test: lint ## lint, type-check, and run every test with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term

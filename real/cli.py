@@ -107,12 +107,18 @@ def record(
 
 
 def record_with(options: RecordOptions) -> Trace:
-    """Loads the model and the prompts that ``options`` name, and records; shows its progress on stderr."""
+    """Loads the model and the prompts that ``options`` name, and records; shows its progress on stderr.
+
+    On one thread, so that the order of sums, and with it the trace's digest, does not depend on the number of cores.
+    """
+    import torch
+
     from real.generate import Sampler
     from real.models.load import SMALL_NAME, load
     from real.record import record as record_trace
 
-    prompts = _choose(load_prompts(Path(options.prompts) if options.prompts else SHIPPED_PROMPTS), options.domains)
+    torch.set_num_threads(1)
+    prompts = choose(load_prompts(Path(options.prompts) if options.prompts else SHIPPED_PROMPTS), options.domains)
     sampler = Sampler(options.temperature, seed=options.seed)
     loaded = load(options.model)
     own = options.model == SMALL_NAME and not options.prompts
@@ -135,7 +141,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _choose(prompts: list[Prompt], domains: str) -> list[Prompt]:
+def choose(prompts: list[Prompt], domains: str) -> list[Prompt]:
     """The prompts of ``domains`` (comma-separated; all when empty), in the order of the file."""
     wanted = [name.strip() for name in domains.split(",") if name.strip()]
     known = {prompt.domain for prompt in prompts}

@@ -62,7 +62,8 @@ class RooflineCosts:
         model = self.model
         dense_layers = model.layers - model.moe_layers
         elements = model.attention_elements + 3 * model.hidden * model.dense_width
-        head = self._gpu_s(2.0 * tokens * model.hidden * model.vocab, model.hidden * model.vocab * model.bytes_per_element, 2)
+        matrix = model.hidden * model.vocab
+        head = self._gpu_s(2.0 * tokens * matrix, matrix * model.bytes_per_element, 2)
         return head + self._layers_s(dense_layers, elements, tokens, context)
 
     @cache  # noqa: B019

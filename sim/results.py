@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from traces.errors import InputError
+from traces.schema import Phase
 
 RESULT_VERSION = 1
+DECODE = int(Phase.DECODE)
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "requests": ("sequence", "arrival_s", "start_s", "first_token_s", "end_s", "prompt_tokens", "new_tokens"),
@@ -102,6 +105,28 @@ class RunResult:
 
         return write_folder(folder, write, force=force)
 
+    def headline(self) -> dict[str, float | None]:
+        """The figures that a command prints of a run, as in ``docs/metrics.md``; None where nothing was decoded."""
+        layers = self.layers[self.layers.phase == DECODE]
+        counts = layers.drop(columns=["step", "layer", "phase"]).sum()
+        rows = self.tokens[self.tokens.phase == DECODE].drop_duplicates("step")
+        token_s, tokens = rows.end_s - rows.start_s, int((self.tokens.phase == DECODE).sum())
+        figures = {
+            "decode_tokens": tokens,
+            "tokens_per_s": tokens / token_s.sum() if tokens else None,
+            "time_per_output_token_p50_s": token_s.quantile(0.5),
+            "time_per_output_token_p99_s": token_s.quantile(0.99),
+            "time_to_first_token_p50_s": (self.requests.first_token_s - self.requests.arrival_s).quantile(0.5),
+            "hit_ratio_union": counts["hits_union"] / counts["union"] if tokens else None,
+            "hit_ratio_assignments": counts["hits_assignments"] / counts["assignments"] if tokens else None,
+            "late_hits": counts["late_hits"],
+            "misses": counts["misses"],
+            "cpu_experts": counts["cpu_experts"],
+            "demand_bytes_per_token": counts["bytes"] / tokens if tokens else None,
+            "stall_share": counts["stall_s"] / token_s.sum() if tokens else None,
+        }
+        return {name: None if pd.isna(value) else float(value) for name, value in figures.items()}
+
     @classmethod
     def load(cls, folder: Path) -> RunResult:
         """Reads what :meth:`save` wrote; raises :class:`ResultError` naming the file that is missing or wrong."""
@@ -147,7 +172,7 @@ def _table(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> pd.DataFr
 def _column(name: str, values: Sequence[Any]) -> Any:
     if name in TEXT_COLUMNS:
         return pd.Series(values, dtype=str)
-    return np.array(values, dtype=np.float64 if name.endswith("_s") else np.int64)
+    return np.array(array("d" if name.endswith("_s") else "q", values))  # twice as fast as numpy on Python numbers
 
 
 def check_folder(folder: Path, *, force: bool) -> None:
@@ -159,20 +184,29 @@ def check_folder(folder: Path, *, force: bool) -> None:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], *, force: bool = False) -> Path:
-    """Calls ``write(temporary folder)`` and moves the outcome to ``folder``, so that no partial result is ever seen."""
+    """Calls ``write(temporary folder)`` and moves the outcome to ``folder``, so that no partial result is ever seen.
+
+    With ``force`` what is written replaces entries of the same name in a folder that exists; others stay untouched.
+    """
     check_folder(folder, force=force)
-    target = folder.resolve()  # so that a name such as "." can be put beside itself
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir()
         write(draft)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        draft.rename(target)
+        if folder.exists() and any(folder.iterdir()):
+            _move_into(draft, folder)
+        else:
+            draft.replace(folder)
     finally:
-        for leftover in (draft, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _move_into(draft: Path, folder: Path) -> None:
+    for entry in sorted(draft.iterdir()):
+        target = folder / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        entry.replace(target)

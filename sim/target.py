@@ -1,0 +1,83 @@
+"""Which model a trace is run on: its own, or another with the same layers, experts and top-k."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from sim.spec import BITS_PER_WEIGHT, ModelSpec, catalogue
+from sim.systems import Budget, budget_for_memory, parse_capacity
+from traces.errors import InputError
+from traces.schema import Trace
+from traces.workload import Workload, lock_step
+
+DTYPE_OF = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""A trace header's dtypes, as the specs name them."""
+
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def model_for(trace: Trace, name: str | None = None, quant: str | None = None) -> ModelSpec:
+    """The model to run ``trace`` on: ``name`` of the catalogue, or the trace's own with the dtype that it ran in.
+
+    ``quant`` is the format of the routed experts. Raises :class:`InputError` when the model is unknown.
+    """
+    if quant is not None and quant not in BITS_PER_WEIGHT:
+        raise InputError(f"quant must be one of {', '.join(BITS_PER_WEIGHT)}, got {quant!r}")
+    if name is None and trace.header.model not in catalogue.model_names():
+        raise InputError(f"model must be given for a trace of {trace.header.model!r}, which is not in the catalogue")
+    spec = catalogue.model(name or trace.header.model)
+    if spec.name == trace.header.model:
+        spec = spec.in_dtype(DTYPE_OF[trace.header.dtype])
+    return spec if quant is None else spec.with_experts_in(quant)
+
+
+def retarget(trace: Trace, spec: ModelSpec) -> Trace:
+    """The same routing with the expert bytes of ``spec``; the trace itself when nothing changes.
+
+    Raises :class:`InputError` unless layers, experts and top-k agree.
+    """
+    header = trace.header
+    for field, wanted in (("layers", spec.moe_layers), ("experts", spec.experts), ("top_k", spec.top_k)):
+        if getattr(header, field) != wanted:
+            raise InputError(f"trace {field} must be {wanted} as in {spec.name}, got {getattr(header, field)}")
+    sizes = (spec.expert_bytes,) * spec.moe_layers
+    if header.expert_bytes == sizes and header.model == spec.name:
+        return trace
+    return replace(trace, header=header.model_copy(update={"expert_bytes": sizes, "model": spec.name}))
+
+
+def budget_of(
+    spec: ModelSpec, *, lanes: int, context: int, cache: str | None, gpu_memory: str | None, scope: str
+) -> Budget:
+    """The slots of a run: from ``cache`` (such as 25% or 8), or what fits ``gpu_memory`` (such as 8GiB).
+
+    The memory also holds the weights outside the experts, the KV cache of ``lanes`` sequences of ``context`` tokens,
+    and the staging slots. Raises :class:`InputError` when both are given, or nothing fits.
+    """
+    if cache is not None and gpu_memory is not None:
+        raise InputError(f"cache must not be given together with gpu-memory, got {cache} and {gpu_memory}")
+    if gpu_memory is None:
+        return parse_capacity(cache or "25%", layers=spec.moe_layers, experts=spec.experts, scope=scope)
+    return budget_for_memory(
+        parse_bytes(gpu_memory, "gpu-memory"),
+        layers=spec.moe_layers,
+        experts=spec.experts,
+        expert_bytes=spec.expert_bytes,
+        outside_bytes=spec.dense_bytes + lanes * context * spec.kv_bytes_per_token,
+        scope=scope,
+    )
+
+
+def workload_of(trace: Trace, spec: ModelSpec, batch: int) -> tuple[Workload, int]:
+    """The forward passes of ``trace`` on the model ``spec``, and the tokens of its longest KV cache."""
+    workload = lock_step(retarget(trace, spec), batch)
+    return workload, max(step.context for step in workload)
+
+
+def parse_bytes(text: str, field: str) -> int:
+    """Reads a size such as ``8GiB``, ``500 MB`` or ``1048576``; GiB are powers of two, GB of ten."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _SIZES:
+        raise InputError(f"{field} must be a size such as 8GiB or 500MB, got {text!r}")
+    return int(float(match[1]) * _SIZES[match[2].upper()])
