@@ -6,7 +6,8 @@ before; only then are blocks admitted and evicted. What the ranking does not kee
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from sim.policies.base import EvictionPolicy
@@ -16,10 +17,17 @@ class Verdict(NamedTuple):
     """What becomes of an event's blocks: ``admitted`` and ``streamed`` split the absent ones; ``victims`` are residents
     outside the event that leave, ``leaving`` residents of the event that leave after they were used."""
 
-    admitted: list[int]
-    streamed: list[int]
-    victims: list[int]
-    leaving: list[int]
+    admitted: Sequence[int]
+    streamed: Sequence[int]
+    victims: Sequence[int]
+    leaving: Sequence[int]
+
+
+_verdict_of: Callable[[tuple[Sequence[int], ...]], Verdict] = partial(tuple.__new__, Verdict)
+
+
+Pool = tuple[list[int], dict[int, None]]
+"""Free slots, the next one to be taken last; and the blocks that sit in the others."""
 
 
 class ExpertCache:
@@ -32,76 +40,96 @@ class ExpertCache:
         """``slots`` is the capacity of each layer's pool, or of the one pool when ``shared``."""
         pools = 1 if shared else layers
         self.layers, self.experts, self.slots, self.shared = layers, experts, slots, shared
-        self.pool_of_layer = [0 if shared else layer for layer in range(layers)]
         self.slot_of = [-1] * (layers * experts)
         self.in_flight: dict[int, int] = {}
         self.staging = tuple(range(pools * slots, pools * slots + staging))
         self.total_slots = pools * slots + staging
-        self._free = [list(range((pool + 1) * slots - 1, pool * slots - 1, -1)) for pool in range(pools)]
-        self._residents: list[dict[int, None]] = [{} for _ in range(pools)]
-        self._last_use = [-1] * (layers * experts)
+        free = [list(range((pool + 1) * slots - 1, pool * slots - 1, -1)) for pool in range(pools)]
+        all_pools: list[Pool] = [(numbers, {}) for numbers in free]
+        self._pools = all_pools * layers if shared else all_pools  # by layer
+        self._home = [self._pools[block // experts] for block in range(layers * experts)]
+        self._recency = [*range(-layers * experts, 0)]  # by block: (event of the last use) * blocks + block
 
     def free_slots(self, layer: int) -> int:
         """Slots that nothing occupies in the pool of ``layer``."""
-        return len(self._free[self.pool_of_layer[layer]])
+        return len(self._pools[layer][0])
 
     def residents(self, layer: int) -> list[int]:
         """Blocks in the pool of ``layer``, those in flight included, in ascending order."""
-        return sorted(self._residents[self.pool_of_layer[layer]])
+        return sorted(self._pools[layer][1])
 
-    def touch(self, event: int, blocks: Iterable[int]) -> None:
-        """Notes that ``blocks`` were used in ``event``."""
+    def look_up(self, event: int, blocks: Iterable[int]) -> tuple[list[int], list[int], list[int]]:
+        """Notes that ``blocks`` are used in ``event``, and splits them, in their order, into those that are resident,
+        those that are on their way, and those that are missing."""
+        slot_of, in_flight, recency, base = self.slot_of, self.in_flight, self._recency, event * len(self.slot_of)
+        hits: list[int] = []
+        late: list[int] = []
+        missing: list[int] = []
         for block in blocks:
-            self._last_use[block] = event
+            recency[block] = base + block
+            if slot_of[block] < 0:
+                missing.append(block)
+            elif block in in_flight:
+                late.append(block)
+            else:
+                hits.append(block)
+        return hits, late, missing
 
-    def insert(self, block: int, layer: int) -> int:
-        """Gives ``block`` a free slot of its layer's pool and returns it.
+    def insert(self, block: int) -> int:
+        """Gives ``block`` a free slot of its pool and returns it.
 
         The slot that was freed last goes first; slots that were never used follow in ascending order.
         """
-        pool = self.pool_of_layer[layer]
-        slot = self._free[pool].pop()
-        self.slot_of[block] = slot
-        self._residents[pool][block] = None
+        free, residents = self._home[block]
+        self.slot_of[block] = slot = free.pop()
+        residents[block] = None
         return slot
 
     def remove(self, block: int) -> int:
         """Takes ``block`` out of the cache and returns the slot that is now free."""
+        free, residents = self._home[block]
         slot = self.slot_of[block]
-        pool = self.pool_of_layer[block // self.experts]
         self.slot_of[block] = -1
-        del self._residents[pool][block]
-        self._free[pool].append(slot)
+        del residents[block]
+        free.append(slot)
         return slot
 
-    def settle(self, layer: int, blocks: Iterable[int], absent: list[int], policy: EvictionPolicy) -> Verdict:
+    def settle(self, layer: int, blocks: Collection[int], absent: list[int], policy: EvictionPolicy) -> Verdict:
         """Decides who stays when ``blocks`` (of one event; ``absent`` are those without a slot) have been ranked.
 
         Forced admission puts the event's blocks above all others and orders by the policy within each group; a bypass
-        policy ranks them together. Blocks in flight neither leave nor compete. Changes nothing.
+        policy ranks them together. Blocks in flight neither leave nor compete. Changes nothing. The event has been
+        looked up before; membership in ``blocks`` is asked for every resident: give a dict or a set.
         """
-        pool = self.pool_of_layer[layer]
-        need = len(absent) - len(self._free[pool])
+        pool = free, residents = self._pools[layer]
+        need = len(absent) - len(free)
         if need <= 0:
-            return Verdict(absent, [], [], [])
-        residents, in_flight, mine = self._residents[pool], self.in_flight, set(blocks)
+            return _verdict_of((absent, (), (), ()))
+        in_flight = self.in_flight
+        own = len(blocks) - len(absent)  # at most: blocks for the CPU are counted, though they are not here
+        if policy.by_recency and not in_flight and need + own <= len(residents):
+            # what the event has just used comes last in this order, so that it need not be taken out
+            return _verdict_of((absent, (), self.weakest(residents, policy)[:need], ()))
         if not policy.bypass:
-            others = [block for block in residents if block not in mine and block not in in_flight]
+            others = [block for block in residents if block not in blocks and block not in in_flight]
             if need <= len(others):
-                return Verdict(absent, [], self.weakest(others, policy)[:need], [])
+                return _verdict_of((absent, (), self.weakest(others, policy)[:need], ()))
         movable = [block for block in residents if block not in in_flight]
-        return self._ranked(pool, mine, movable, absent, policy)
+        return self._ranked(pool, blocks, movable, absent, policy)
 
-    def weakest(self, blocks: Sequence[int], policy: EvictionPolicy) -> list[int]:
+    def weakest(self, blocks: Collection[int], policy: EvictionPolicy) -> list[int]:
         """``blocks`` in the order in which they leave: smallest key, least recently used, lowest block."""
-        last_uses = map(self._last_use.__getitem__, blocks)
-        return [block for _, _, block in sorted(zip(policy.keys(blocks), last_uses, blocks, strict=True))]
+        recency = self._recency
+        if policy.by_recency:
+            return sorted(blocks, key=recency.__getitem__)
+        places = map(recency.__getitem__, blocks)
+        return [block for _, _, block in sorted(zip(policy.keys(blocks), places, blocks, strict=True))]
 
     def _ranked(
-        self, pool: int, mine: set[int], movable: list[int], absent: list[int], policy: EvictionPolicy
+        self, pool: Pool, mine: Container[int], movable: list[int], absent: list[int], policy: EvictionPolicy
     ) -> Verdict:
         compete = [block for block in movable if policy.bypass or block in mine] + absent
-        room = len(self._free[pool]) + len(movable)
+        room = len(pool[0]) + len(movable)
         kept = set(self.weakest(compete, policy)[max(0, len(compete) - room) :])
         gone = [block for block in movable if block not in kept]
         return Verdict(

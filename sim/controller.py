@@ -7,11 +7,13 @@ reports arrivals of prefetched experts with :meth:`~OffloadController.on_arrival
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from sim.cache import ExpertCache, Verdict
-from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
+from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation, operation_of
 from sim.policies import EVICTION, PLACEMENT, PREFETCH, EvictionPolicy, LayerView, PolicyContext
 from sim.policies.base import Future
 from sim.systems import Budget, SystemSpec
@@ -71,8 +73,9 @@ class OffloadController:
         """Decides one layer: ``routing`` is what its router chose, ``predictions[d]`` the experts that are expected in
         layer ``layer + 1 + d``, most wanted first. The plan's operations are in order of submission."""
         load = self._take_in(layer, routing)
-        hits, late, missing = self._classified(load)
-        self._note_predictions(layer, load, predictions)
+        hits, late, missing = self.cache.look_up(self._event, load)
+        if self._prefetch.depth:
+            self._note_predictions(layer, load, predictions)
         on_cpu = self._on_cpu(layer, hits, missing, load) if missing and self._place.uses_cpu else ()
         fetched = [block for block in missing if block not in on_cpu] if on_cpu else missing
         draft = self._draft
@@ -82,12 +85,22 @@ class OffloadController:
         if fetched:
             draft.fetch(hits, late, self.cache.settle(layer, load, fetched, self._evict))
         else:
-            draft.gpu(hits)
-            draft.gpu(late)
-        hit_tokens = len(hits) if routing.assignments == len(load) else sum(map(load.__getitem__, hits))
-        counts = (len(load), len(hits), hit_tokens, len(late), len(missing), len(on_cpu))
-        size_bytes = len(fetched) * self.shape.expert_bytes
-        return tuple.__new__(LayerPlan, (layer, draft.operations, routing.assignments, *counts, size_bytes))
+            draft.gpu([*hits, *late], self.cache.in_flight)
+        hit_tokens = sum(map(load.__getitem__, hits)) if routing.assignments > len(load) else len(hits)
+        return _plan_of(
+            (
+                layer,
+                draft.operations,
+                routing.assignments,
+                len(load),
+                len(hits),
+                hit_tokens,
+                len(late),
+                len(missing),
+                len(on_cpu),
+                len(fetched) * self.shape.expert_bytes,
+            )
+        )
 
     def next_transfer(self) -> tuple[Operation, ...]:
         """The next prefetch worth starting now, with the eviction that makes room for it; empty when there is none."""
@@ -108,31 +121,16 @@ class OffloadController:
         del self.cache.in_flight[operation.layer * self.shape.experts + operation.expert]
 
     def _take_in(self, layer: int, routing: Routing) -> dict[int, int]:
-        """Tells policies and cache of the event; returns block -> tokens, most tokens first, then the lowest id."""
+        """Tells the policy of the event; returns block -> tokens, most tokens first, then the lowest id."""
         self._event += 1
         base = layer * self.shape.experts
-        blocks = [base + expert for expert in routing.experts]
-        self._evict.observe(self._event, blocks, routing.counts)
-        self.cache.touch(self._event, blocks)
-        load = dict(zip(blocks, routing.counts, strict=True))
-        if routing.assignments == len(blocks):
-            return load
-        return dict(sorted(load.items(), key=lambda item: (-item[1], item[0])))
-
-    def _classified(self, load: dict[int, int]) -> tuple[list[int], list[int], list[int]]:
-        """Splits an event's blocks into what is resident, what is on its way, and what is missing."""
-        slot_of, in_flight = self.cache.slot_of, self.cache.in_flight
-        hits: list[int] = []
-        late: list[int] = []
-        missing: list[int] = []
-        for block in load:
-            if slot_of[block] < 0:
-                missing.append(block)
-            elif block in in_flight:
-                late.append(block)
-            else:
-                hits.append(block)
-        return hits, late, missing
+        experts, counts, assignments = routing
+        blocks = [base + expert for expert in experts]
+        self._evict.observe(self._event, blocks, counts)
+        if assignments == len(blocks):
+            return dict.fromkeys(blocks, 1)
+        load = zip(blocks, counts, strict=True)
+        return dict(sorted(load, key=lambda item: (-item[1], item[0])))
 
     def _on_cpu(self, layer: int, hits: list[int], missing: list[int], load: dict[int, int]) -> Sequence[int]:
         base = layer * self.shape.experts
@@ -148,8 +146,6 @@ class OffloadController:
         return [base + expert for expert in self._place.on_cpu(view)]
 
     def _note_predictions(self, layer: int, blocks: Collection[int], predictions: Sequence[Sequence[int]]) -> None:
-        if not self._prefetch.depth:
-            return
         self._current, self._layer, self._predictions = blocks, layer, predictions
         ahead = predictions[: max(0, self.shape.layers - 1 - layer)]
         self._wanted = [*self._prefetch.candidates(layer, ahead)][::-1]
@@ -170,97 +166,115 @@ class OffloadController:
         return set(self._current) | {layer * experts + expert for layer, chosen in ahead for expert in chosen}
 
 
-class _Draft:
-    """Numbers operations, puts those of one layer in order, and enters them into the cache's book.
+_plan_of: Callable[[tuple[Any, ...]], LayerPlan] = partial(tuple.__new__, LayerPlan)
 
-    Operations are made by ``tuple.__new__``: a run makes them by the million, and a call of the class takes twice as
-    long.
-    """
+
+class _Draft:
+    """Numbers operations, puts those of one layer in order, and enters them into the cache's book."""
 
     def __init__(self, cache: ExpertCache, evict: EvictionPolicy, shape: ExpertShape) -> None:
-        self._cache, self._evict, self._shape = cache, evict, shape
+        self._cache, self._evict, self._experts, self._bytes = cache, evict, shape.experts, shape.expert_bytes
         self._number = 0
         self.begin(0, {})
 
     def begin(self, layer: int, load: dict[int, int]) -> None:
         """Starts the plan of ``layer``, whose blocks get ``load[block]`` tokens."""
-        self._layer, self._load, self._base = layer, load, layer * self._shape.experts
+        self._layer, self._load, self._base = layer, load, layer * self._experts
         self.operations: list[Operation] = []
 
-    def cpu(self, blocks: Iterable[int]) -> None:
+    def cpu(self, blocks: Sequence[int]) -> None:
         """Experts that the CPU computes, in its order; they are used without being kept."""
-        for block in blocks:
-            self._add(CPU, block, -1, self._load[block], 0)
+        for number, block in enumerate(blocks, self._number + 1):
+            fields = (number, CPU, self._layer, block - self._base, -1, self._load[block], 0, (), False)
+            self.operations.append(operation_of(fields))
             self._evict.forget(block)
+        self._number += len(blocks)
 
-    def gpu(self, blocks: Iterable[int]) -> dict[int, int]:
-        """Experts that sit in slots, or will when their prefetch arrives; returns the operation that reads each."""
-        load, slot_of, in_flight = self._load, self._cache.slot_of, self._cache.in_flight
-        reads = {}
-        for block in blocks:
-            after = (in_flight[block],) if block in in_flight else ()
-            reads[block] = self._add(GPU, block, slot_of[block], load[block], 0, after)
-        return reads
+    def gpu(self, blocks: Sequence[int], copies: Mapping[int, int]) -> None:
+        """Experts in their slots; ``copies`` names the operations that bring those which are not there yet."""
+        layer, base, load, slot_of = self._layer, self._base, self._load, self._cache.slot_of
+        add = self.operations.append
+        for number, block in enumerate(blocks, self._number + 1):
+            after = (copies[block],) if block in copies else ()
+            add(operation_of((number, GPU, layer, block - base, slot_of[block], load[block], 0, after, False)))
+        self._number += len(blocks)
 
     def fetch(self, hits: list[int], late: list[int], verdict: Verdict) -> None:
         """A layer with misses: copies that need nothing first, then what is resident, then what arrives."""
         admitted, streamed, victims, leaving = verdict
-        for victim in victims:
-            self.operations.append(self._dropped(victim))
+        self._drop(victims)
+        if leaving or streamed:
+            self._fetch_crowded([*hits, *late], verdict)
+            return
+        copies = self._admit(admitted)
+        if late:
+            copies |= self._cache.in_flight
+        self.gpu([*hits, *late, *admitted], copies)
+
+    def _fetch_crowded(self, ready: list[int], verdict: Verdict) -> None:
+        """The same where not all of the layer's experts can be kept: some are streamed through the staging slots, and
+        residents may leave once they have been read."""
+        admitted, streamed, _, leaving = verdict
         at_once = len(admitted) - len(leaving)
-        copies = {block: self._admit(block) for block in admitted[:at_once]}
+        copies = self._admit(admitted[:at_once])
         for block, slot in zip(streamed, self._cache.staging, strict=False):
             copies[block] = self._copy(block, slot)
-        reads = self.gpu(hits)
-        self.gpu(late)
-        for block, leaver in zip(admitted[at_once:], leaving, strict=True):
-            self.operations.append(self._dropped(leaver))
-            copies[block] = self._admit(block, (reads[leaver],))
-        slot_of, load = self._cache.slot_of, self._load
-        for block in admitted:
-            self._add(GPU, block, slot_of[block], load[block], 0, (copies[block],))
-        if streamed:
-            self._stream(streamed, copies)
+        self.gpu(ready, self._cache.in_flight)
+        if leaving:
+            copies |= self._swap(leaving, admitted[at_once:])
+        self.gpu(admitted, copies)
+        self._stream(streamed, copies)
 
     def prefetch(self, layer: int, block: int, victim: int) -> tuple[Operation, ...]:
         """The copy of ``block``, after the eviction of ``victim`` unless that is -1."""
-        evictions = () if victim < 0 else (self._dropped(victim),)
-        slot = self._cache.insert(block, layer)
-        number = self._take_number()
-        expert = block - layer * self._shape.experts
+        self.begin(layer, {})
+        self._drop(() if victim < 0 else (victim,))
+        number = self._copy(block, self._cache.insert(block))
         self._cache.in_flight[block] = number
-        return (*evictions, Operation(number, COPY, layer, expert, slot, 0, self._shape.expert_bytes, (), True))
+        *evictions, copy = self.operations
+        return (*evictions, copy._replace(prefetch=True))
 
-    def _stream(self, streamed: list[int], copies: dict[int, int]) -> None:
+    def _swap(self, leaving: Sequence[int], arriving: Sequence[int]) -> dict[int, int]:
+        """Residents that leave once they have been read: each gives its slot to one of ``arriving``."""
+        reads = {self._base + one.expert: one.id for one in self.operations if one.op == GPU}
+        copies = {}
+        for leaver, block in zip(leaving, arriving, strict=True):
+            self._drop((leaver,))
+            copies[block] = self._copy(block, self._cache.insert(block), (reads[leaver],))
+        return copies
+
+    def _stream(self, streamed: Sequence[int], copies: dict[int, int]) -> None:
         """Experts that are not kept pass through the staging slots, each copy after the read of its predecessor."""
         staging = self._cache.staging
         for index, block in enumerate(streamed):
             slot = staging[index % len(staging)]
-            read = self._add(GPU, block, slot, self._load[block], 0, (copies[block],))
+            self._number = number = self._number + 1
+            fields = (number, GPU, self._layer, block - self._base, slot, self._load[block], 0, (copies[block],), False)
+            self.operations.append(operation_of(fields))
             self._evict.forget(block)
             if index + len(staging) < len(streamed):
                 follower = streamed[index + len(staging)]
-                copies[follower] = self._copy(follower, slot, (read,))
+                copies[follower] = self._copy(follower, slot, (number,))
 
-    def _admit(self, block: int, after: tuple[int, ...] = ()) -> int:
-        return self._copy(block, self._cache.insert(block, self._layer), after)
+    def _admit(self, blocks: Iterable[int]) -> dict[int, int]:
+        """Gives ``blocks`` free slots, and returns the operations that copy them there."""
+        insert, copy, copies = self._cache.insert, self._copy, {}
+        for block in blocks:
+            copies[block] = copy(block, insert(block))
+        return copies
 
     def _copy(self, block: int, slot: int, after: tuple[int, ...] = ()) -> int:
-        return self._add(COPY, block, slot, 0, self._shape.expert_bytes, after)
-
-    def _dropped(self, block: int) -> Operation:
-        """Removes ``block`` from the cache and returns the eviction that says so."""
-        slot = self._cache.remove(block)
-        self._evict.forget(block)
-        layer, expert = divmod(block, self._shape.experts)
-        return tuple.__new__(Operation, (self._take_number(), EVICT, layer, expert, slot, 0, 0, (), False))
-
-    def _add(self, op: str, block: int, slot: int, tokens: int, size_bytes: int, after: tuple[int, ...] = ()) -> int:
         self._number = number = self._number + 1
-        fields = (number, op, self._layer, block - self._base, slot, tokens, size_bytes, after, False)
-        self.operations.append(tuple.__new__(Operation, fields))
+        fields = (number, COPY, self._layer, block - self._base, slot, 0, self._bytes, after, False)
+        self.operations.append(operation_of(fields))
         return number
 
-    def _take_number(self) -> int:
-        self._number += 1
-        return self._number
+    def _drop(self, blocks: Sequence[int]) -> None:
+        """Removes ``blocks``, which may be other layers', from the cache."""
+        remove, forget, experts = self._cache.remove, self._evict.forget, self._experts
+        add = self.operations.append
+        for number, block in enumerate(blocks, self._number + 1):
+            layer, expert = divmod(block, experts)
+            add(operation_of((number, EVICT, layer, expert, remove(block), 0, 0, (), False)))
+            forget(block)
+        self._number += len(blocks)

@@ -20,9 +20,11 @@ import simpy
 from sim.controller import OffloadController
 from sim.costs import Costs
 from sim.logs import LayerRecord, RunLog
-from sim.queues import Queues, is_contended
+from sim.queues import LINK_WINDOW, Queues, is_contended
 from sim.timeline import Timeline
 from traces.workload import Routing, Step
+
+__all__ = ["LINK_WINDOW", "Engine", "Predictions", "has_closed_form"]
 
 Process = Generator[Any, Any, None]
 Predictions = Sequence[Sequence[Sequence[int]]]
@@ -51,6 +53,7 @@ class Engine:
         self._closed = applies if closed_form is None else closed_form
         self._machine: Timeline | Queues
         self._machine = Timeline(self) if self._closed else Queues(self, self.env)
+        self._host = costs.host
         self._lookahead_s = costs.lookahead_s(controller.system.lookahead_depth)
 
     def run(
@@ -60,7 +63,7 @@ class Engine:
         predictions: Callable[[Step], Predictions],
         progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """Runs ``steps``; the callables give a step's routing and predictions by layer. Calls ``progress`` each step."""
+        """Runs ``steps``; the callables give a step's routing and predictions by layer. ``progress`` follows each."""
 
         def host() -> Process:
             for step in steps:
@@ -80,34 +83,31 @@ class Engine:
         for layer, routing in enumerate(routings):
             record = LayerRecord(step.index, layer)
             records.append(record)
-            yield from self._layer(record, dense_s, routing, predictions[layer] if predictions else ())
-        yield from machine.sleep(self.costs.host.layer_s)
+            yield from machine.dense("dense", record, self._host.layer_s, dense_s)
+            yield from self._experts(record, routing, predictions[layer] if predictions else ())
         head = LayerRecord(step.index, len(routings))
-        yield from machine.dense("head", head, self.costs.head_s(len(step.sequences), step.context))
+        head_s = self.costs.head_s(len(step.sequences), step.context)
+        yield from machine.dense("head", head, self._host.layer_s, head_s)
         self.log.step(step, start_s, machine.now_s, machine.now_s - records[-1].end_s, records)
 
-    def _layer(
-        self, record: LayerRecord, dense_s: float, routing: Routing, predictions: Sequence[Sequence[int]]
-    ) -> Process:
-        """Dense part, the router's choice, the controller's decisions, and their submission."""
-        machine, host = self._machine, self.costs.host
-        yield from machine.sleep(host.layer_s)
-        yield from machine.dense("dense", record, dense_s)
+    def _experts(self, record: LayerRecord, routing: Routing, predictions: Sequence[Sequence[int]]) -> Process:
+        """The router's choice, the controller's decisions, and their submission."""
+        machine, host = self._machine, self._host
         start_s = machine.now_s
-        yield from machine.sleep(host.readback_s)
-        machine.poll()
+        yield from machine.read_back(host.readback_s)
         plan = record.plan = self.controller.plan_layer(record.layer, routing, predictions)
         yield from machine.sleep(host.controller_s + host.operation_s * len(plan.operations))
-        record.host_s = machine.now_s - start_s
         record.end_s = machine.now_s
-        self.log.event("host", "plan", record, -1, start_s, machine.now_s)
+        record.host_s = record.end_s - start_s
+        if self.log.events is not None:
+            self.log.event("host", "plan", record, -1, start_s, record.end_s)
         yield from machine.execute(plan, record)
         if host.joins_layers:
             yield from self._join(record)
 
     def _join(self, record: LayerRecord) -> Process:
         """The host itself waits for the layer, as it must where compute is not asynchronous."""
-        join_s = self.costs.host.join_s
+        join_s = self._host.join_s
         yield from self._machine.join()
         yield from self._machine.sleep(join_s)
         record.host_s += join_s

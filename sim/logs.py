@@ -91,26 +91,19 @@ class RunLog:
 def _layer_row(record: LayerRecord, phase: int, start_s: float) -> tuple[Any, ...]:
     plan = record.plan
     assert plan is not None, "a layer that ended has a plan"
-    wall_s = record.end_s - start_s
-    stall_s = max(0.0, wall_s - record.dense_s - record.gpu_s - record.host_s)
+    end_s, dense_s, gpu_s, host_s = record.end_s, record.dense_s, record.gpu_s, record.host_s
+    stall_s = end_s - start_s - dense_s - gpu_s - host_s
     return (
         record.step,
         record.layer,
         phase,
-        plan.assignments,
-        plan.union,
-        plan.hits_union,
-        plan.hits_assignments,
-        plan.late_hits,
-        plan.misses,
-        plan.cpu_experts,
-        plan.bytes,
+        *plan[2:],  # the cache's answer, which is in the order of the table
         start_s,
-        record.end_s,
-        record.dense_s,
-        record.gpu_s,
+        end_s,
+        dense_s,
+        gpu_s,
         record.cpu_s,
         record.transfer_s,
-        record.host_s,
-        stall_s,
+        host_s,
+        stall_s if stall_s > 0.0 else 0.0,
     )

@@ -35,6 +35,8 @@ class ProfileCosts:
     def dense_s(self, tokens: int, context: int) -> float:
         points = self.profile.dense
         self._flag("dense", tokens, points[0].tokens, points[-1].tokens)
+        contexts = [size for point in points for size in (point.least_context, point.most_context)]
+        self._flag("context", context, min(contexts), max(contexts))
         sizes = [point.tokens for point in points]
         base_s = _line(tokens, sizes, [point.base_s for point in points])
         per_context_s = float(np.interp(tokens, sizes, [point.per_context_s for point in points]))

@@ -47,14 +47,14 @@ class Queues:
         if seconds:
             yield self.env.timeout(seconds)
 
-    def poll(self) -> None:
-        """Reports arrivals, in the order in which they came."""
-        for operation in self._arrived:
-            self._controller.on_arrival(operation)
-        self._arrived.clear()
+    def read_back(self, seconds: float) -> Waits:
+        """The host reads the router's choice; the controller learns what has arrived by then."""
+        yield from self.sleep(seconds)
+        self._poll()
 
-    def dense(self, kind: str, record: LayerRecord, duration_s: float) -> Waits:
-        """Runs a dense part after all that was submitted, and waits for its end."""
+    def dense(self, kind: str, record: LayerRecord, dispatch_s: float, duration_s: float) -> Waits:
+        """Dispatches a dense part, runs it after all that was submitted, and waits for its end."""
+        yield from self.sleep(dispatch_s)
         self._unfinished += 1
         job = Job(kind, record, (duration_s,))
         job.after = tuple(job.operations[0].id for job in (*self.cpu.queue, self.cpu.job) if job is not None)
@@ -75,7 +75,9 @@ class Queues:
             yield from self._one_by_one(plan.operations, record)
             return
         if self.link.prefetch:
-            self.link.promote({copy for operation in plan.operations if operation.op == GPU for copy in operation.after})
+            self.link.promote(
+                {copy for operation in plan.operations if operation.op == GPU for copy in operation.after}
+            )
         first = True
         for operation in plan.operations:
             self._enqueue(operation, record, first)
@@ -150,11 +152,17 @@ class Queues:
             kind, queue = ("prefetch", self.link.prefetch) if operation.prefetch else ("copy", self.link.demand)
             queue.append(Job(kind, record, (costs.copy_s(operation.bytes),), (operation,)))
 
+    def _poll(self) -> None:
+        """Reports arrivals, in the order in which they came."""
+        for operation in self._arrived:
+            self._controller.on_arrival(operation)
+        self._arrived.clear()
+
     def _pull(self) -> None:
         """Asks for prefetches while the link has room."""
         if self._synchronous:
             return
-        self.poll()
+        self._poll()
         while self.link.outstanding < LINK_WINDOW and (operations := self._controller.next_transfer()):
             self._log.submitted(self._record.step, operations)
             for operation in operations:

@@ -142,7 +142,7 @@ def _read(path: Path, read: Callable[[Path], Content]) -> Content:
         return read(path)
     except (OSError, ValueError) as error:
         reason = "nothing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise ResultError(f"{path} must be part of a result folder of moetwin, got {reason}") from error
+        raise ResultError(f"{path.parent} must be a result folder of moetwin, got {path.name}: {reason}") from error
 
 
 def _read_info(path: Path) -> RunInfo:

@@ -15,24 +15,30 @@ from rich.table import Table
 from traces import store, synthetic
 from traces.errors import InputError
 from traces.schema import TraceError, TraceHeader
+from traces.shipped import find_trace
 from traces.stats import summary
 
 app = typer.Typer(help="Look at, check and generate routing traces.", no_args_is_help=True)
 
-TraceFile = Annotated[Path, typer.Argument(metavar="FILE", help="A trace file (.safetensors).")]
+TraceFile = Annotated[
+    str, typer.Argument(metavar="TRACE", help="A trace file (.safetensors), or the name of one that ships.")
+]
 
 
 @app.command()
 def info(
-    file: TraceFile,
+    trace: TraceFile,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show what a trace holds: model, tokens, arrays, and the locality and balance of its routing.
 
-    Example: moetwin trace info trace.safetensors
+    Examples: moetwin trace info mixed
+
+    moetwin trace info trace.safetensors --json
     """
-    trace = store.load(file)
-    record = {"file": str(file), "file_bytes": file.stat().st_size, **summary(trace)}
+    file = find_trace(trace)
+    loaded = store.load(file)
+    record = {"file": str(file), "file_bytes": file.stat().st_size, **summary(loaded)}
     if as_json:
         typer.echo(json.dumps(record, indent=2, allow_nan=False))
         return
@@ -43,7 +49,7 @@ def info(
 
 @app.command()
 def check(
-    file: TraceFile,
+    trace: TraceFile,
     model: Annotated[
         str | None,
         typer.Option(help="Also require this model: its name in the header, or layers x experts x top-k as 8x32x4."),
@@ -55,14 +61,15 @@ def check(
 
     moetwin trace check trace.safetensors --model 8x32x4
     """
-    trace = store.load(file, verify=True)
+    file = find_trace(trace)
+    loaded = store.load(file, verify=True)
     if model is not None:
         try:
-            require_model(trace.header, model)
+            require_model(loaded.header, model)
         except TraceError as error:
             raise TraceError(f"{file}: {error}") from error
     verified = "digest matches" if store.stored_digest(file) else "no digest stored"
-    typer.echo(f"{file}: ok, {len(trace)} tokens of {trace.header.model}, {verified} ({trace.digest})")
+    typer.echo(f"{file}: ok, {len(loaded)} tokens of {loaded.header.model}, {verified} ({loaded.digest})")
 
 
 @app.command()

@@ -7,7 +7,7 @@ forward pass, numbered ``step * layers + layer`` over the run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -55,6 +55,8 @@ class EvictionPolicy(Policy):
     """
 
     bypass: ClassVar[bool] = False
+    by_recency: ClassVar[bool] = False
+    """True: keys are in the order of the last use, so that the cache, which knows it, need not ask for them."""
 
     def observe(self, event: int, blocks: Sequence[int], counts: Sequence[int]) -> None:
         """Takes in the distinct blocks of one event, with the tokens each one got. Called once an event."""
@@ -63,7 +65,7 @@ class EvictionPolicy(Policy):
     def key(self, block: int) -> float:
         """Worth of keeping ``block`` as of the last observed event; called only for residents and the event's own."""
 
-    def keys(self, blocks: Sequence[int]) -> Sequence[float]:
+    def keys(self, blocks: Iterable[int]) -> Sequence[float]:
         """:meth:`key` of each of ``blocks``; to be overridden where one pass over all of them is quicker."""
         return [self.key(block) for block in blocks]
 

@@ -5,10 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from sim.spec.catalogue import first_fault
 from sim.spec.hardware import HostSpec
@@ -72,6 +84,15 @@ class Profile(_Table):
     slowdowns: tuple[Slowdown, ...] = ()
     token_s: NonNegativeFloat = Field(description="mean measured seconds of a decode token in the calibration runs")
 
+    @model_validator(mode="after")
+    def _usable(self) -> Profile:
+        if self.profile_version != PROFILE_VERSION:
+            raise ValueError(f"profile_version must be {PROFILE_VERSION}, got {self.profile_version}")
+        for name in ("copies", "gpu_expert", "cpu_expert_first", "cpu_expert_later", "head"):
+            _check_ascending(name, [point.size for point in getattr(self, name)])
+        _check_ascending("dense", [point.tokens for point in self.dense])
+        return self
+
     @property
     def digest(self) -> str:
         """SHA-256 of the content: a result names the profile that it was computed with."""
@@ -81,10 +102,16 @@ class Profile(_Table):
         """Writes TOML, whole or not at all; raises :class:`InputError` for a file that exists, without ``force``."""
         if path.exists() and not force:
             raise InputError(f"out must be a new file (or give --force), got {path}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.partial")
-        draft.write_text(tomli_w.dumps(self.model_dump(mode="json")), encoding="utf-8")
-        draft.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(tomli_w.dumps(self.model_dump(mode="json")), encoding="utf-8")
+            draft.replace(path)
+        except OSError as error:
+            raise InputError(f"out must be a file that can be written, got {path} ({error.strerror})") from error
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -97,3 +124,9 @@ class Profile(_Table):
             raise InputError(f"{path}: {first_fault(error)}") from error
         except ValueError as error:
             raise InputError(f"profile must be TOML, got {path} ({error})") from error
+
+
+def _check_ascending(name: str, sizes: Sequence[int]) -> None:
+    for one, other in pairwise(sizes):
+        if other <= one:
+            raise ValueError(f"{name} must be in ascending order of size, got {other} after {one}")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from sim.controller import OffloadController
 from sim.engine import Engine
 from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
 from sim.results import RunResult
@@ -17,7 +16,7 @@ from sim.run import build_controller, predictions_of, run_info, simulate
 from sim.spec import HostSpec
 from sim.systems import Budget, SystemSpec
 from traces.schema import NOT_ROUTED, Trace, TraceHeader
-from traces.workload import Routing, Step, Workload, lock_step, one_at_a_time, routings
+from traces.workload import Routing, Workload, lock_step, one_at_a_time, routings
 
 EXPERT_BYTES = 100
 
@@ -73,7 +72,7 @@ def trace_of(
     """A trace of one sequence: ``unions[step][layer]`` are the experts of one decode token (one list for all layers
     may stand for each of them by repeating it); ``lookahead[step][layer]`` those that are predicted for layer + 1."""
     steps, layers = len(unions), len(unions[0])
-    top_k = max(1, *(len(chosen) for step in unions for chosen in step))
+    top_k = max(1, *(len(chosen) for step in (*unions, *(lookahead or ())) for chosen in step))
     arrays: dict[str, Any] = {"expert_ids": _padded(unions, top_k)}
     if lookahead is not None:
         arrays["lookahead"] = _padded(lookahead, top_k)[:, :, None, :]
@@ -138,7 +137,10 @@ class Script:
     """
 
     def __init__(
-        self, layers: Sequence[Sequence[Operation]], transfers: Mapping[int, Sequence[Operation]] | None = None, **system: Any
+        self,
+        layers: Sequence[Sequence[Operation]],
+        transfers: Mapping[int, Sequence[Operation]] | None = None,
+        **system: Any,
     ) -> None:
         prefetching = {"prefetch": "next-router"} if transfers else {}
         self.system = SystemSpec(**prefetching, **system)
@@ -225,10 +227,3 @@ def _distinct(rng: np.random.Generator, shape: tuple[int, ...], experts: int, to
     """Distinct expert ids uint16 [*shape, top_k], the low ones chosen more often."""
     weights = rng.random((*shape, experts)) * (1.0 + np.arange(experts))
     return np.argsort(weights, axis=-1)[..., :top_k].astype(np.uint16)
-
-
-def steps_of(workload: Workload) -> list[Step]:
-    return [*workload]
-
-
-__all__ = ["HandCosts", "OffloadController", "Script", "play", "run", "trace_of", "workloads"]

@@ -122,7 +122,11 @@ def test_a_global_pool_is_shared_by_the_layers() -> None:
 
 def test_cpu_on_miss_fills_the_cache_and_then_leaves_it() -> None:
     result = run(trace_of([[[0, 1]], [[1, 2]], [[2, 3]]]), 2, HandCosts(cpu=5), place="cpu-on-miss")
-    assert columns(result, "hits_union", "misses", "cpu_experts", "bytes") == [(0, 2, 0, 200), (1, 1, 1, 0), (0, 2, 2, 0)]
+    assert columns(result, "hits_union", "misses", "cpu_experts", "bytes") == [
+        (0, 2, 0, 200),
+        (1, 1, 1, 0),
+        (0, 2, 2, 0),
+    ]
 
 
 def test_most_tokens_go_first() -> None:

@@ -253,7 +253,7 @@ def test_no_resource_does_two_things_at_once(
         rows = events_of(result, resource)
         assert (rows["start_s"].to_numpy()[1:] >= rows["end_s"].to_numpy()[:-1] - 1e-9).all(), resource
     if system["synchronous"]:
-        rows = result.events.sort_values(["start_s", "end_s"])
+        rows = result.events[result.events["end_s"] > result.events["start_s"]]
         assert (rows["start_s"].to_numpy()[1:] >= rows["end_s"].to_numpy()[:-1] - 1e-9).all()
 
 

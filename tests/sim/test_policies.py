@@ -6,7 +6,7 @@ import pytest
 
 from sim.policies import EVICTION, PLACEMENT, PREFETCH, LayerView, PolicyContext
 from sim.policies.base import NEVER
-from tests.sim.hand import run, total_misses, trace_of, misses_by_step
+from tests.sim.hand import HandCosts, misses_by_step, run, trace_of
 
 CONTEXT = PolicyContext(layers=2, experts=4, top_k=2)
 
@@ -108,13 +108,19 @@ def test_lfu_forgets_what_has_left() -> None:
     assert [row[0] for row in misses_by_step(result)] == [1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 0]
 
 
-def test_lfu_counts_a_stay_only() -> None:
-    """What is streamed past the cache, or computed on the CPU, leaves at once: its count does not grow in absence."""
-    # two slots, unions of three: keys are equal, the lowest leaves first, so 0 is streamed twice
-    trace = trace_of([[[0, 1, 2]], [[0, 1, 2]], [[0, 3]], [[0, 3]]])
-    result = run(trace, 2, evict="lfu")
-    assert misses_by_step(result) == [[3], [1], [2], [0]]
-    # CPU: 2 is never resident, whatever its use; 0 and 1 fill the cache and stay
-    result = run(trace_of([[[0, 1]], [[2, 3]], [[2, 3]], [[0, 1]]]), 2, evict="lfu", place="cpu-on-miss")
-    assert misses_by_step(result) == [[2], [2], [2], [0]]
-    assert total_misses(result) == 6
+def test_lfu_forgets_what_was_streamed() -> None:
+    """Unions of three pass by a cache of two: 0 is used twice without being kept. When it stays at last, it has one
+    use, fewer than the two of its neighbour, and leaves for 3."""
+    result = run(trace_of([[[0, 1, 2]], [[0, 1, 2]], [[0]], [[3]], [[0]]]), 2, evict="lfu")
+    assert misses_by_step(result) == [[3], [1], [1], [1], [1]]
+
+
+def test_lfu_forgets_what_was_computed_on_the_cpu() -> None:
+    """In layer 1, 2 is computed on the CPU three times, and then prefetched and used once. That is less than the two
+    uses of 0, so that the prefetch of 3 pushes 2 out, and 0 is still there at the end."""
+    used = [[0, 1], [2], [2], [2], [0], [2], [3], [0]]
+    predicted: list[list[int]] = [[], [], [], [], [], [2], [3], []]
+    trace = trace_of([[[0], experts] for experts in used], lookahead=[[experts, []] for experts in predicted])
+    system = {"evict": "lfu", "place": "cpu-on-miss", "prefetch": "next-router"}
+    layers = run(trace, 2, HandCosts(copy=0.25), **system).layers
+    assert layers[layers["layer"] == 1]["misses"].tolist() == [2, 1, 1, 1, 0, 0, 0, 0]

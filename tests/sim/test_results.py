@@ -55,7 +55,7 @@ def test_seconds_are_floats_and_counts_are_integers(result: RunResult, table: st
 def test_an_existing_result_is_not_overwritten_unless_forced(result: RunResult, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     empty().save(folder)
-    with pytest.raises(ResultError, match="out must be an empty or new folder .* with files in it"):
+    with pytest.raises(ResultError, match=r"out must be an empty or new folder .* with files in it"):
         result.save(folder)
     same(RunResult.load(folder), empty())
     result.save(folder, force=True)

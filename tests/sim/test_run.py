@@ -88,7 +88,9 @@ def test_progress_is_told_after_every_step() -> None:
 
 def test_a_trace_without_what_a_policy_needs_is_refused() -> None:
     system = SystemSpec(prefetch="next-router")
-    with pytest.raises(InputError, match=r"trace must have look-ahead of depth 1 for prefetch next-router, got depth 0"):
+    with pytest.raises(
+        InputError, match=r"trace must have look-ahead of depth 1 for prefetch next-router, got depth 0"
+    ):
         run(trace_of([[[0]]]), 1, prefetch="next-router")
     check_needs(trace_of([[[0]]], lookahead=[[[]]]), system)
     check_needs(trace_of([[[0]]]), SystemSpec(prefetch="next-router", synchronous=True))

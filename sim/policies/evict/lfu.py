@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from sim.policies.base import EvictionPolicy, PolicyContext
@@ -24,7 +24,7 @@ class Lfu(EvictionPolicy):
     def key(self, block: int) -> float:
         return self._uses[block]
 
-    def keys(self, blocks: Sequence[int]) -> Sequence[float]:
+    def keys(self, blocks: Iterable[int]) -> Sequence[float]:
         return [*map(self._uses.__getitem__, blocks)]
 
     def forget(self, block: int) -> None:

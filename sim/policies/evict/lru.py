@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from sim.policies.base import EvictionPolicy, PolicyContext
@@ -12,6 +12,7 @@ class Lru(EvictionPolicy):
     """Evicts the block whose last use lies furthest back, in events of the whole model."""
 
     name: ClassVar[str] = "lru"
+    by_recency: ClassVar[bool] = True
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
@@ -24,5 +25,5 @@ class Lru(EvictionPolicy):
     def key(self, block: int) -> float:
         return self._last_use[block]
 
-    def keys(self, blocks: Sequence[int]) -> Sequence[float]:
+    def keys(self, blocks: Iterable[int]) -> Sequence[float]:
         return [*map(self._last_use.__getitem__, blocks)]

@@ -1,0 +1,209 @@
+"""Costs from a profile: between its points, beyond them, and never for another model; profiles as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sim.profile import COVERED, ProfileCosts
+from sim.spec import ModelSpec
+from sim.spec.profile import DensePoint, Point, Profile, Slowdown
+from tests.sim.hand import host
+from traces.errors import InputError
+
+MODEL = ModelSpec(
+    name="by-hand",
+    source="test",
+    layers=4,
+    moe_layers=4,
+    experts=8,
+    top_k=2,
+    hidden=16,
+    expert_width=8,
+    heads=2,
+    kv_heads=2,
+    head_dim=8,
+    vocab=100,
+)
+
+
+def points(*sizes_and_seconds: tuple[int, float]) -> tuple[Point, ...]:
+    return tuple(
+        Point(size=size, best_s=seconds, median_s=2 * seconds, p90_s=3 * seconds, repeats=7)
+        for size, seconds in sizes_and_seconds
+    )
+
+
+def dense(tokens: int, base_s: float, per_context_s: float) -> DensePoint:
+    return DensePoint(
+        tokens=tokens, base_s=base_s, per_context_s=per_context_s, least_context=4, most_context=64, p90_s=1, repeats=7
+    )
+
+
+def profile(**fields: Any) -> Profile:
+    given: dict[str, Any] = {
+        "name": "desk",
+        "device": "cpu",
+        "date": "2026-01-01",
+        "machine": {"processor": "x"},
+        "model": MODEL,
+        "host": host(controller_s=0.5),
+        "copies": points((1000, 2.0)),
+        "gpu_expert": points((1, 1.0), (4, 4.0), (8, 12.0)),
+        "cpu_expert_first": points((1, 5.0), (8, 19.0)),
+        "cpu_expert_later": points((1, 3.0), (8, 10.0)),
+        "dense": (dense(1, 1.0, 0.25), dense(5, 3.0, 0.75)),
+        "head": points((1, 7.0), (4, 8.5)),
+        "lookahead_s": 0.125,
+        "slowdowns": (
+            Slowdown(resource="gpu", others=("link",), factor=1.5),
+            Slowdown(resource="gpu", others=("link", "cpu"), factor=2.0),
+        ),
+        "token_s": 40.0,
+    }
+    return Profile(**{**given, **fields})
+
+
+def test_measured_points_are_answered_as_they_are_and_between_them_linearly() -> None:
+    costs = ProfileCosts(profile())
+    assert [costs.gpu_expert_s(tokens) for tokens in (1, 2, 4, 6, 8)] == [1.0, 2.0, 4.0, 8.0, 12.0]
+    assert [costs.cpu_expert_s(tokens, True) for tokens in (1, 3, 8)] == [5.0, 9.0, 19.0]
+    assert [costs.cpu_expert_s(tokens, False) for tokens in (1, 3, 8)] == [3.0, 5.0, 10.0]
+    assert costs.head_s(3, 1) == 8.0
+    assert costs.copy_s(1000) == 2.0
+    assert costs.lookahead_s(3) == 0.375
+    assert not costs.outside
+
+
+def test_dense_parts_depend_on_tokens_and_context() -> None:
+    costs = ProfileCosts(profile())
+    assert costs.dense_s(1, 10) == 1.0 + 0.25 * 10
+    assert costs.dense_s(3, 20) == 2.0 + 0.5 * 20
+    assert not costs.outside
+    assert costs.dense_s(9, 10) == 5.0 + 0.75 * 10
+    assert costs.dense_s(1, 100) == 1.0 + 0.25 * 100
+    assert costs.outside == {
+        "dense was asked for 9, measured from 1 to 5",
+        "context was asked for 100, measured from 4 to 64",
+    }
+
+
+def test_beyond_the_last_point_it_grows_at_the_last_slope_and_is_flagged() -> None:
+    costs = ProfileCosts(profile())
+    assert costs.gpu_expert_s(10) == 16.0
+    assert costs.cpu_expert_s(15, False) == 17.0
+    assert costs.copy_s(3000) == 6.0, "one point: at its rate"
+    assert costs.copy_s(500) == 2.0, "never less than what was measured"
+    assert costs.outside == {
+        "gpu_expert was asked for 10, measured from 1 to 8",
+        "cpu_expert was asked for 15, measured from 1 to 8",
+        "copy was asked for 3000, measured from 1000 to 1000",
+        "copy was asked for 500, measured from 1000 to 1000",
+    }
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=6), st.lists(st.integers(1, 200), min_size=2, max_size=2))
+def test_more_tokens_never_cost_less(seconds: list[float], sizes: list[int]) -> None:
+    measured = points(*((1 + 7 * place, value) for place, value in enumerate(sorted(seconds))))
+    costs = ProfileCosts(profile(gpu_expert=measured))
+    less, more = sorted(sizes)
+    assert costs.gpu_expert_s(less) <= costs.gpu_expert_s(more) * (1 + 1e-12)
+
+
+def test_contention_is_that_of_the_profile_and_else_none() -> None:
+    costs = ProfileCosts(profile())
+    assert costs.slowdown("gpu", frozenset({"link"})) == 1.5
+    assert costs.slowdown("gpu", frozenset({"cpu", "link"})) == 2.0
+    assert costs.slowdown("gpu", frozenset()) == 1.0
+    assert costs.slowdown("link", frozenset({"gpu"})) == 1.0
+
+
+@pytest.mark.parametrize("field", COVERED)
+def test_a_model_of_other_dimensions_is_refused(field: str) -> None:
+    value: Any = "fp32" if field == "dtype" else getattr(MODEL, field) * 2
+    with pytest.raises(InputError, match=f"profile must be measured with {field} {value}, as in the model, got"):
+        ProfileCosts(profile(), MODEL.model_copy(update={field: value}))
+
+
+def test_a_model_with_other_layers_or_another_name_may_be_predicted() -> None:
+    costs = ProfileCosts(profile(), MODEL.model_copy(update={"layers": 40, "moe_layers": 40, "name": "deep"}))
+    assert costs.name == f"profile desk {profile().digest[:12]}"
+    assert costs.host.controller_s == 0.5
+
+
+def test_the_digest_follows_the_content() -> None:
+    assert profile().digest == profile().digest
+    others = [
+        profile(token_s=41.0),
+        profile(name="lap"),
+        profile(copies=points((1000, 2.5))),
+        profile(date="2026-01-02"),
+    ]
+    assert len({profile().digest, *(one.digest for one in others)}) == 5
+
+
+def test_a_profile_is_stored_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "desk.toml"
+    profile().save(path)
+    assert Profile.load(path) == profile()
+    with pytest.raises(InputError, match=r"out must be a new file \(or give --force\), got"):
+        profile().save(path)
+    profile(token_s=1.0).save(path, force=True)
+    assert Profile.load(path).token_s == 1.0
+    assert [file.name for file in tmp_path.iterdir()] == ["desk.toml"]
+
+
+def test_a_profile_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    with pytest.raises(InputError, match="out must be a file that can be written, got"):
+        profile().save(folder, force=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="out must be a file that can be written, got"):
+        profile().save(tmp_path / "file" / "desk.toml")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def stored(tmp_path: Path, old: str, new: str) -> Path:
+    """A stored profile with one piece of its text replaced."""
+    path = tmp_path / "desk.toml"
+    profile().save(path)
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("profile_version = 1", "profile_version = 2", "profile_version must be 1, got 2"),
+        ("token_s = 40.0", "token_s = -1.0", "token_s must be greater than or equal to 0, got -1.0"),
+        ("token_s = 40.0", "", "token_s must be given, got nothing"),
+        ("token_s = 40.0", "token_s = 1.0\ncolour = 3", "colour must be left out"),
+        ("size = 4,", "size = 1,", "gpu_expert must be in ascending order of size, got 1 after 1"),
+        ("tokens = 5\n", "tokens = 1\n", "dense must be in ascending order of size, got 1 after 1"),
+        ("factor = 1.5", "factor = 0.5", "factor must be greater than or equal to 1"),
+        ("token_s = 40.0", "token_s = = 40.0", "profile must be TOML, got"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused_with_its_name(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = stored(tmp_path, old, new)
+    with pytest.raises(InputError) as error:
+        Profile.load(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_missing_or_binary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"profile must be readable, got .*none\.toml"):
+        Profile.load(tmp_path / "none.toml")
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"profile must be TOML, got .*binary\.toml"):
+        Profile.load(binary)
