@@ -239,18 +239,24 @@ def _run_twin(device: str, repeats: int) -> _Twin:
         budget = parse_capacity("25%", layers=spec.moe_layers, experts=spec.experts)
         rough = RooflineCosts(spec, catalogue.hardware("rtx4090-epyc9374f"))
         encoded = [tokens[:48] for tokens in encode(machine.loaded, prompts)]
-        header = {"domains": tuple(prompt.domain for prompt in prompts), "prompts_digest": digest(prompts)}
         with bar("decoding", len(prompts) * 40) as advance:
             _, trace, tokens = decode(
-                machine, encoded, system, budget, rough, max_new_tokens=40, progress=advance, **header
+                machine,
+                encoded,
+                system,
+                budget,
+                rough,
+                max_new_tokens=40,
+                progress=advance,
+                domains=tuple(prompt.domain for prompt in prompts),
+                prompts_digest=digest(prompts),
             )
         workload = one_at_a_time(trace)
         with bar("measuring", repeats * len(workload)) as advance:
             runs = [replay(machine, workload, system, budget, rough, progress=advance) for _ in range(repeats)]
         with status("calibrating this machine") as say:
             profile = calibrate(machine, name=machine.hardware, progress=say)
-        text = [machine.loaded.tokenizer.decode(new, skip_special_tokens=True) for new in tokens]
-        starts = [machine.loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded]
+        samples = [(machine.text(start), machine.text(new)) for start, new in zip(encoded, tokens, strict=True)]
     costs = ProfileCosts(profile, spec)
     simulated = simulate(workload, system, budget, costs, hardware=profile.name)
     return _Twin(
@@ -259,7 +265,7 @@ def _run_twin(device: str, repeats: int) -> _Twin:
         measured=runs[0],
         simulated=simulated,
         comparison=compare(runs[0], simulated, repeats=runs[1:], calibration_mean_s=profile.token_s),
-        samples=list(zip(starts, text, strict=True)),
+        samples=samples,
         facts={"device": _device_line(machine.device.name, machine.hardware), **profile.machine},
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -206,7 +206,7 @@ def machine_of(
         from real.models.load import load
 
         opened = open_device(device)
-    with closing(opened):
+    with opened:
         with status(f"loading {model}") as say:
             loaded = load(model, dtype=dtype, random_weights=random_weights, seed=seed)
             say(f"packing the experts of {model}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import torch
@@ -14,7 +14,7 @@ from real.generate import HookChain, Sampler, TextStream, generate, left_pad
 from real.models.load import LoadedModel
 from real.record import Collector
 from real.routing import Replay
-from real.store import HostStore
+from real.store import DeviceSlots, HostStore
 from sim.controller import ExpertShape, OffloadController, Predicted
 from sim.costs import Costs
 from sim.results import RunResult
@@ -32,6 +32,7 @@ class Machine:
     loaded: LoadedModel
     device: Device
     store: HostStore
+    _slots: DeviceSlots | None = field(default=None, repr=False)
 
     @classmethod
     def prepare(
@@ -41,6 +42,20 @@ class Machine:
         store = HostStore(loaded, pin=device.torch_device.type == "cuda", seed=seed, progress=progress)
         loaded.model.to(device.torch_device)  # type: ignore[arg-type]
         return cls(loaded, device, store)
+
+    def slots(self, count: int) -> DeviceSlots:
+        """``count`` empty slots on the device, allocated once and used again by the next run of that size."""
+        if self._slots is None or len(self._slots) != count:
+            if self._slots is not None:
+                self._slots.release()
+            self._slots = DeviceSlots(self.store, count, self.device.torch_device)
+        self._slots.clear()
+        return self._slots
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``; empty for a model without tokenizer."""
+        tokenizer = self.loaded.tokenizer
+        return "" if tokenizer is None else str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     @property
     def hardware(self) -> str:
@@ -71,11 +86,14 @@ def decode(
     """
     if "future" in system.needs:
         raise InputError(f"evict must be causal to decode prompts, got {system.evict} (replay a trace with it instead)")
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, got {batch}")
     loaded = machine.loaded
     collector = Collector(loaded, lookahead_depth=max(1, system.lookahead_depth), scores=True)
     controller = _controller(loaded, system, budget, costs)
     tokens: list[list[int]] = []
-    with Executor(loaded, controller, machine.device, machine.store, listeners=[collector]) as executor:
+    slots = machine.slots(controller.cache.total_slots)
+    with Executor(loaded, controller, machine.device, machine.store, slots=slots, listeners=[collector]) as executor:
         hooks = HookChain(collector, executor, _Progress(progress))
         for start in range(0, len(encoded), batch):
             ids, mask = left_pad(encoded[start : start + batch])
@@ -114,7 +132,13 @@ def replay(
     controller = build_controller(workload, system, budget, costs)
     guide = _Guide(router, workload, predictions_of(trace, system.lookahead_depth))
     with Executor(
-        loaded, controller, machine.device, machine.store, listeners=[router], forecast=guide.forecast
+        loaded,
+        controller,
+        machine.device,
+        machine.store,
+        slots=machine.slots(controller.cache.total_slots),
+        listeners=[router],
+        forecast=guide.forecast,
     ) as executor:
         hooks = HookChain(guide, executor, _Progress(progress))
         for steps in _batches(workload):
@@ -171,7 +195,16 @@ def _controller(loaded: LoadedModel, system: SystemSpec, budget: Budget, costs: 
 def _result(machine: Machine, executor: Executor, controller: OffloadController, workload: Workload) -> RunResult:
     info = run_info("measured", workload, controller, hardware=machine.hardware)
     software = {**info.software, **{name: version(name) for name in ("torch", "transformers")}}
-    return executor.log.result(info.model_copy(update={"software": software}))
+    return _from_zero(executor.log.result(info.model_copy(update={"software": software})))
+
+
+def _from_zero(run: RunResult) -> RunResult:
+    """The run with its times counted from its first step, not from when the device was opened."""
+    origin_s = run.tokens.start_s.min()
+    for table in (run.requests, run.tokens, run.layers, run.events):
+        points = [name for name in ("arrival_s", "start_s", "first_token_s", "end_s") if name in table]
+        table[points] -= origin_s
+    return run
 
 
 def _batches(workload: Workload) -> list[list[Step]]:

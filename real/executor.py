@@ -13,49 +13,25 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from real.device import Device, Work
 from real.generate import NO_TOKEN
+from real.kernels import Kernel, gated, kernel_for
 from real.models.load import LoadedModel
 from real.routing import RouteListener, RouterCall, RouterTap, lookahead
 from real.store import DeviceSlots, HostStore
 from sim.controller import OffloadController
-from sim.engine import LINK_WINDOW
 from sim.logs import LayerRecord, RunLog
 from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
+from sim.queues import LINK_WINDOW
 from traces.schema import NOT_ROUTED, Phase
-from traces.workload import Routing, Step
+from traces.workload import Step
 
 IMPLEMENTATION = "moetwin_offload"
 """Name under which the executor stands in the experts interface of transformers."""
 
 Predictions = Sequence[Sequence[int]]
-
-
-class Assignments:
-    """The tokens of every expert in one layer of one pass."""
-
-    def __init__(self, ids: Tensor, weights: Tensor, real: Tensor | None) -> None:
-        """``ids`` and ``weights`` [T, k]; rows where ``real`` [T] is false, and places of weight 0, are not routed."""
-        self._top_k = ids.shape[1]
-        routed = weights != 0 if real is None else (weights != 0) & real[:, None]
-        flat = torch.where(routed, ids, NOT_ROUTED).flatten()
-        counted = Counter(flat.tolist())
-        counted.pop(NOT_ROUTED, None)
-        counts = dict(sorted(counted.items()))
-        self.routing = Routing(tuple(counts), tuple(counts.values()), sum(counts.values()))
-        self._rows: dict[int, Tensor] = {}
-        order, start = flat.argsort(stable=True), 0
-        for expert, count in counts.items():
-            self._rows[expert] = order[start : start + count]
-            start += count
-
-    def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """The expert's tokens [n], and the place [n] of the expert among the k of each."""
-        rows = self._rows[expert]
-        return rows // self._top_k, rows % self._top_k
 
 
 class Executor:
@@ -72,16 +48,17 @@ class Executor:
         device: Device,
         store: HostStore,
         *,
+        slots: DeviceSlots | None = None,
         listeners: Sequence[RouteListener] = (),
         forecast: Callable[[int], Predictions] | None = None,
     ) -> None:
         self.log = RunLog()
-        self.slots = DeviceSlots(store, controller.cache.total_slots, device.torch_device)
+        self.slots = slots or DeviceSlots(store, controller.cache.total_slots, device.torch_device)
         self._loaded, self._controller, self._device, self._store = loaded, controller, device, store
         self._forecast = forecast
         self._act = loaded.family.act_fn(loaded.config)
         self._routers = [layer.router for layer in loaded.layers]
-        self._tap = RouterTap(loaded.layers, *listeners, self)
+        self._listeners = listeners
         self._synchronous = controller.system.synchronous
         self._depth = controller.system.lookahead_depth
         self._predictions: Predictions = ()
@@ -96,19 +73,24 @@ class Executor:
 
     def __enter__(self) -> Executor:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+        self._implementation = self._loaded.config._experts_implementation
         for layer in self._loaded.layers:
             layer.experts.moetwin = (self, layer.index)  # type: ignore[assignment]
         self._loaded.model.set_experts_implementation(IMPLEMENTATION)
-        self._tap.__enter__()
+        self._tap = RouterTap(self._loaded.layers, *self._listeners, self).__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tap.__exit__(kind, error, trace)
-        self._loaded.model.set_experts_implementation("eager")
-        for layer in self._loaded.layers:
-            del layer.experts.moetwin
+        try:
+            self._finish(failed=error is not None)
+        finally:
+            self._tap.__exit__(kind, error, trace)
+            del self._tap  # it knows the executor: without the circle the slots are freed with it
+            self._loaded.model.set_experts_implementation(self._implementation)
+            for layer in self._loaded.layers:
+                del layer.experts.moetwin
 
     def begin_step(self, step_index: int, phase: Phase, mask: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """A forward pass begins; shapes as in :class:`real.generate.StepHooks`."""
@@ -141,13 +123,14 @@ class Executor:
     def experts(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The output [T, H] of one layer's experts for ``hidden`` [T, H], ``ids`` and ``weights`` [T, k]."""
         begun = self._device.mark()
-        kernel = Kernel(self, hidden, weights, Assignments(ids, weights, self._real))
+        kernel = kernel_for(self.compute, hidden, ids, weights, self._real)
         self._poll()
-        plan = self._controller.plan_layer(layer, kernel.assignments.routing, self._predictions)
+        plan = self._controller.plan_layer(layer, kernel.routing, self._predictions)
         record = self._record = LayerRecord(self._book.index, layer)
         record.plan = plan
         works = self._submit(plan, kernel, record)
-        self._device.wait([work for operation, work in works if operation.op != COPY], self._pull)
+        computed = [work for operation, work in works if operation.op != COPY]
+        self._device.wait(computed, self._pull if self._depth else None)
         result = kernel.result()
         ended = self._device.mark()
         self._layers.append(_Layer(record, works, self._dense_mark, begun, ended))
@@ -161,21 +144,31 @@ class Executor:
             gate_up, down = self.slots.read(operation.slot, operation.layer, operation.expert)
         else:
             gate_up, down = self._store.views(self._store.expert(operation.layer, operation.expert))
-        gate, up = functional.linear(hidden, gate_up).chunk(2, dim=-1)
-        return functional.linear(self._act(gate) * up, down)
+        return gated(self._act, gate_up, down, hidden)
+
+    def _finish(self, *, failed: bool) -> None:
+        """Leaves the device with nothing to do: prefetches nobody waited for still end, unless the run has failed."""
+        try:
+            if not failed:
+                self._device.wait([one.work for one in self._prefetches])
+        finally:
+            self._device.drain()
+        if not failed:
+            self._poll()
 
     def _submit(self, plan: LayerPlan, kernel: Kernel, record: LayerRecord) -> list[tuple[Operation, Work]]:
         """Hands a plan to the device: without waiting, or one operation after the other in synchronous mode."""
         self._promote(plan)
         works = []
         for operation in plan.operations:
-            self.log.operation(record.step, operation)
             if operation.op == EVICT:
+                self.log.operation(record.step, operation)
                 continue
             work = self._works[operation.id] = self._start(operation, kernel)
+            self.log.operation(record.step, _as_taken(operation, work))
             works.append((operation, work))
             if self._synchronous:
-                self._device.wait([work], _nothing)
+                self._device.wait([work])
         self._pull()
         return works
 
@@ -205,7 +198,7 @@ class Executor:
                 self._controller.on_arrival(one.operation)
         for one in [one for one in self._prefetches if one.reported and one.work.finished]:
             self._prefetches.remove(one)
-            self._event("link", "prefetch", one.record, one.operation.expert, one.work)
+            self._event("prefetch", one.record, one.operation.expert, one.work)
 
     def _pull(self) -> None:
         """Asks for prefetches while the link has room."""
@@ -213,19 +206,19 @@ class Executor:
             self._poll()
             while self._outstanding() < LINK_WINDOW and (operations := self._controller.next_transfer()):
                 for operation in operations:
-                    self.log.operation(self._record.step, operation)
                     if operation.op == COPY:
                         self._prefetch(operation)
+                    self.log.operation(self._record.step, operation)
         self._device.flush()
 
     def _prefetch(self, operation: Operation) -> None:
         load = partial(self.slots.load, operation.slot, operation.layer, operation.expert)
         work = self._works[operation.id] = self._device.copy(load, (), prefetch=True)
-        self._prefetches.append(_Prefetch(operation, work, self._record))
+        self._prefetches.append(_Prefetch(operation, work, LayerRecord(self._record.step, operation.layer)))
 
     def _outstanding(self) -> int:
         """Copies submitted and not ended."""
-        return sum(work.is_copy and not work.done for work in self._works.values())
+        return sum(work.resource == "link" and not work.done for work in self._works.values())
 
     def _resolve(self, layer: _Layer) -> LayerRecord:
         """Turns a layer's marks and works into seconds and event rows."""
@@ -236,8 +229,7 @@ class Executor:
         self._event_at("gpu", "dense", record, dense_s, begun_s)
         for operation, work in layer.works:
             busy_s = work.end_s - work.start_s
-            resource, kind = _ROLES[operation.op]
-            self._event(resource, kind, record, operation.expert, work)
+            self._event("copy" if operation.op == COPY else "expert", record, operation.expert, work)
             first_s = min(first_s, work.start_s)
             if operation.op == COPY:
                 record.transfer_s += busy_s
@@ -251,14 +243,14 @@ class Executor:
         self._event_at("host", "plan", record, begun_s, first_s)
         return record
 
-    def _event(self, resource: str, kind: str, record: LayerRecord, expert: int, work: Work) -> None:
-        self.log.event(resource, kind, record, expert, work.start_s, work.end_s)
+    def _event(self, kind: str, record: LayerRecord, expert: int, work: Work) -> None:
+        self.log.event(work.resource, kind, record, expert, work.start_s, work.end_s)
 
     def _event_at(self, resource: str, kind: str, record: LayerRecord, start_s: float, end_s: float) -> None:
         self.log.event(resource, kind, record, -1, start_s, end_s)
 
 
-_ROLES = {GPU: ("gpu", "expert"), CPU: ("cpu", "expert"), COPY: ("link", "copy")}
+_OP_ON = {"gpu": GPU, "cpu": CPU, "link": COPY}
 
 
 class _Layer(NamedTuple):
@@ -272,45 +264,11 @@ class _Layer(NamedTuple):
 
 
 class _Prefetch:
-    """A prefetch under way, with the layer during which it was asked for."""
+    """A prefetch under way, with the layer that it is for."""
 
     def __init__(self, operation: Operation, work: Work, record: LayerRecord) -> None:
         self.operation, self.work, self.record = operation, work, record
         self.reported = False
-
-
-class Kernel:
-    """The experts of one layer of one pass. Contributions are kept apart, so that no order of work changes the sum."""
-
-    def __init__(self, executor: Executor, hidden: Tensor, weights: Tensor, assignments: Assignments) -> None:
-        self.assignments = assignments
-        self._executor, self._hidden, self._weights = executor, hidden, weights
-        self._outputs = hidden.new_zeros(*weights.shape, hidden.shape[1])  # [T, k, H]
-        self._from_cpu: list[tuple[int, Tensor]] = []
-
-    def run(self, operation: Operation) -> None:
-        """Computes one expert on the device."""
-        tokens, places = self.assignments.of(operation.expert)
-        self._put(tokens, places, self._executor.compute(operation, self._hidden[tokens]))
-
-    def on_cpu(self, operation: Operation) -> Callable[[], None]:
-        """Fetches one expert's rows to the host, and returns the work that computes them there."""
-        rows = self._hidden[self.assignments.of(operation.expert)[0]].cpu()
-
-        def run() -> None:
-            self._from_cpu.append((operation.expert, self._executor.compute(operation, rows)))
-
-        return run
-
-    def result(self) -> Tensor:
-        """The sum [T, H] over every token's experts, when all have been computed (or are ordered before this)."""
-        for expert, output in self._from_cpu:
-            self._put(*self.assignments.of(expert), output.to(self._outputs.device))
-        return self._outputs.sum(dim=1)
-
-    def _put(self, tokens: Tensor, places: Tensor, output: Tensor) -> None:
-        weighted = output * self._weights[tokens, places, None]
-        self._outputs[tokens, places] = weighted.to(self._outputs.dtype)
 
 
 class _StepBook:
@@ -354,12 +312,14 @@ def _experts_forward(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Te
     return executor.experts(layer, hidden, ids, weights)
 
 
+def _as_taken(operation: Operation, work: Work) -> Operation:
+    """An operation as the device took it: the log must not follow the plan where the work does not."""
+    op = _OP_ON[work.resource]
+    return operation if op == operation.op else operation._replace(op=op)
+
+
 def _most_named(ids: Tensor) -> list[int]:
     """Distinct experts of ids [n, K], most often named first; equal ones by the first token and rank naming them."""
     counts = Counter(ids.flatten().tolist())
     counts.pop(NOT_ROUTED, None)
     return [expert for expert, _ in counts.most_common()]
-
-
-def _nothing() -> None:
-    """Nothing to do when a copy ends."""

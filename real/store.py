@@ -30,8 +30,13 @@ class HostStore:
     def __init__(
         self, loaded: LoadedModel, *, pin: bool = False, seed: int = 0, progress: Callable[[], None] | None = None
     ):
-        """A model whose experts are on the meta device gets random ones, seeded; ``progress`` is called each layer."""
+        """A model whose experts are on the meta device gets random ones, seeded; ``progress`` is called each layer.
+
+        Raises ValueError when the experts have been taken out of the model before.
+        """
         spec = loaded.spec
+        if not all(any(True for _ in layer.experts.parameters()) for layer in loaded.layers):
+            raise ValueError(f"model must still hold its experts to be packed, got {spec.name} without them")
         self.spec, self.dtype = spec, DTYPES[spec.dtype]
         generator = torch.Generator().manual_seed(seed)
         self._layers: list[Tensor] = []
@@ -76,13 +81,14 @@ class DeviceSlots:
         spec = store.spec
         self._store = store
         self._buffer = torch.zeros(slots, spec.expert_elements, dtype=store.dtype, device=device)
-        self._views = [expert_views(flat, spec) for flat in self._buffer]
+        self._flat = list(self._buffer)
+        self._views = [expert_views(flat, spec) for flat in self._flat]
         self._tags = [(ABSENT, ABSENT)] * slots
 
     def load(self, slot: int, layer: int, expert: int) -> None:
         """Copies an expert into a slot, on the current stream or thread."""
         self._tags[slot] = (ABSENT, ABSENT)
-        self._buffer[slot].copy_(self._store.expert(layer, expert), non_blocking=True)
+        self._flat[slot].copy_(self._store.expert(layer, expert), non_blocking=True)
         self._tags[slot] = (layer, expert)
 
     def read(self, slot: int, layer: int, expert: int) -> tuple[Tensor, Tensor]:
@@ -90,6 +96,18 @@ class DeviceSlots:
         if self._tags[slot] != (layer, expert):
             raise SlotError(f"slot {slot} must hold expert {expert} of layer {layer}, it holds {self._tags[slot]}")
         return self._views[slot]
+
+    def clear(self) -> None:
+        """Forgets what the slots hold."""
+        self._tags = [(ABSENT, ABSENT)] * len(self._tags)
+
+    def release(self) -> None:
+        """Gives the memory back, whoever still holds this object."""
+        self._buffer = self._buffer.new_empty(0)
+        self._flat, self._views, self._tags = [], [], []
+
+    def __len__(self) -> int:
+        return len(self._tags)
 
     @property
     def bytes(self) -> int:

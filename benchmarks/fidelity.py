@@ -1,0 +1,202 @@
+"""How close the simulator comes on this machine: calibrated on synthetic routing, judged on recorded routing.
+
+A model with random weights and experts of 12.6 MB (8 layers x 32 experts, top-4) replays the routing of a recorded
+trace, for real, under systems and cache sizes that the calibration did not see. A point is one decode token's fastest
+of several interleaved repeats; the error of a point is |simulated - measured| / measured. Beside it stand the noise
+of the repeats, and what predicting every token by the calibration's mean would give. No number is fitted on what is
+judged.
+
+    python benchmarks/fidelity.py --out analysis/results/NAME [--trace TRACE] [--repeats 7] [--tokens 40]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from analysis import metrics
+from analysis.compare import Comparison, compare
+from real.calibrate import calibrate
+from real.decode import Machine, replay
+from real.device import open_device
+from real.models.load import load, load_spec
+from sim.profile import ProfileCosts
+from sim.results import RunResult, write_folder
+from sim.run import simulate
+from sim.spec import ModelSpec
+from sim.spec.profile import Profile
+from sim.systems import SystemSpec, parse_capacity
+from sim.target import retarget
+from traces.schema import Phase, Trace
+from traces.shipped import find_trace
+from traces.store import load as load_trace
+from traces.workload import Workload, one_at_a_time
+
+Judged = tuple[str, dict[str, str]]
+
+JUDGED: tuple[Judged, ...] = (
+    ("25%", {}),
+    ("50%", {}),
+    ("75%", {}),
+    ("25%", {"evict": "lfu"}),
+    ("50%", {"evict": "lfu"}),
+    ("25%", {"evict": "belady"}),
+    ("50%", {"evict": "belady"}),
+    ("25%", {"place": "cpu-on-miss"}),
+    ("50%", {"place": "cpu-on-miss"}),
+    ("75%", {"place": "cpu-on-miss"}),
+    ("25%", {"prefetch": "next-router"}),
+    ("50%", {"prefetch": "next-router"}),
+)
+"""Cache sizes and systems that are judged; calibration runs another cache size, on synthetic routing."""
+
+
+def wide_model(trace: Trace) -> ModelSpec:
+    """A model of the trace's shape whose experts take 12.6 MB each."""
+    header = trace.header
+    return ModelSpec(
+        name="random-8x32-12.6MB",
+        source="benchmark",
+        layers=header.layers,
+        moe_layers=header.layers,
+        experts=header.experts,
+        top_k=header.top_k,
+        hidden=1024,
+        expert_width=1024,
+        heads=16,
+        kv_heads=4,
+        head_dim=64,
+        vocab=4096,
+        tied_embeddings=True,
+        dtype="fp32",
+        expert_bits=32,
+    )
+
+
+def first_tokens(trace: Trace, tokens: int) -> Workload:
+    """The first forward passes of a trace, one sequence at a time, with ``tokens`` decode steps among them."""
+    every = one_at_a_time(trace)
+    decode = [step.index for step in every if step.phase == Phase.DECODE]
+    last = decode[min(tokens, len(decode)) - 1]
+    return Workload(trace, 1, list(islice(every, last + 1)))
+
+
+def measure(
+    machine: Machine, workload: Workload, judged: Sequence[Judged], repeats: int, profile: Profile
+) -> list[Comparison]:
+    """Replays every judged configuration, all repeats interleaved, and compares each with its simulation."""
+    spec = machine.loaded.spec
+    costs = ProfileCosts(profile, spec)
+    configurations = [
+        (SystemSpec(**system), parse_capacity(cache, layers=spec.moe_layers, experts=spec.experts))
+        for cache, system in judged
+    ]
+    runs: list[list[RunResult]] = [[] for _ in configurations]
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=repeats * len(configurations) * len(workload))
+        for _ in range(repeats):
+            for kept, (system, budget) in zip(runs, configurations, strict=True):
+                kept.append(replay(machine, workload, system, budget, costs, progress=lambda: bar.advance(task)))
+    simulated = [simulate(workload, system, budget, costs, hardware=profile.name) for system, budget in configurations]
+    return [
+        compare(measured[0], predicted, repeats=measured[1:], calibration_mean_s=profile.token_s)
+        for measured, predicted in zip(runs, simulated, strict=True)
+    ]
+
+
+def summary(comparisons: Sequence[Comparison], judged: Sequence[Judged], mean_s: float) -> dict[str, Any]:
+    """The figures of the protocol, over all decode tokens of all configurations."""
+    tokens = pd.concat([comparison.tokens for comparison in comparisons])
+    measured, simulated = tokens.measured_s.to_numpy(), tokens.simulated_s.to_numpy()
+    error = metrics.summarise_errors(measured, simulated)
+    means = [(float(one.tokens.measured_s.mean()), float(one.tokens.simulated_s.mean())) for one in comparisons]
+    noise = float(np.median([one.noise for one in comparisons]))
+    tau = metrics.kendall_tau([pair[0] for pair in means], [pair[1] for pair in means], noise)
+    return {
+        "median_error": error.median,
+        "p90_error": error.p90,
+        "bias": error.bias,
+        "skill": metrics.skill(measured, simulated, mean_s),
+        "noise": noise,
+        "kendall_tau": tau.tau,
+        "pairs_left_out": tau.left_out,
+        "decisions_exact": all(
+            one.decisions.exact
+            for one, (_, system) in zip(comparisons, judged, strict=True)
+            if "prefetch" not in system
+        ),
+        "configurations": [
+            {
+                "cache": cache,
+                "system": SystemSpec(**system).label(),
+                "measured_ms": measured_s * 1e3,
+                "simulated_ms": simulated_s * 1e3,
+                "median_error": one.error.median,
+                "noise": one.noise,
+                "components_ms": {part.label: [part.measured_ms, part.simulated_ms] for part in one.critical()},
+            }
+            for (cache, system), (measured_s, simulated_s), one in zip(judged, means, comparisons, strict=True)
+        ],
+    }
+
+
+def show(title: str, figures: dict[str, Any]) -> None:
+    """Prints the figures as a table."""
+    table = Table(title=title)
+    for column in ("system", "cache", "measured ms", "simulated ms", "median error", "noise"):
+        table.add_column(column, justify="left" if column in ("system", "cache") else "right")
+    for row in figures["configurations"]:
+        table.add_row(
+            row["system"], row["cache"], f"{row['measured_ms']:.2f}", f"{row['simulated_ms']:.2f}",
+            f"{row['median_error']:.1%}", f"{row['noise']:.1%}",
+        )  # fmt: skip
+    Console(highlight=False).print(table)
+    print(
+        f"median error {figures['median_error']:.1%}  p90 {figures['p90_error']:.1%}  bias {figures['bias']:+.1%}  "
+        f"skill {figures['skill']:.2f}  noise {figures['noise']:.1%}  tau {figures['kendall_tau']:.2f} "
+        f"({figures['pairs_left_out']:.0%} of pairs left out)  decisions exact: {figures['decisions_exact']}"
+    )
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Folder for the profile and the figures.")] = None,
+    trace: Annotated[str, typer.Option(help="A recorded trace: a file, or a name that ships.")] = "mixed",
+    repeats: Annotated[int, typer.Option(help="Interleaved repeats of everything.")] = 7,
+    tokens: Annotated[int, typer.Option(help="Decode tokens of each run.")] = 40,
+    small: Annotated[bool, typer.Option(help="Judge the small model that ships, instead of wide experts.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that holds files.")] = False,
+) -> None:
+    """Prints the errors of every judged configuration, and the figures over all of them."""
+    recorded = load_trace(find_trace(trace))
+    console = Console(stderr=True)
+    with open_device("cpu") as device:
+        loaded = load("moetwin-small") if small else load_spec(wide_model(recorded))
+        with console.status("packing experts"):
+            machine = Machine.prepare(loaded, device)
+        with console.status("calibrating"):
+            profile = calibrate(machine, name="cpu device", repeats=repeats)
+        workload = first_tokens(retarget(recorded, loaded.spec), tokens)
+        comparisons = measure(machine, workload, JUDGED, repeats, profile)
+    figures = summary(comparisons, JUDGED, profile.token_s)
+    show(loaded.spec.name, figures)
+    if out is not None:
+
+        def write(folder: Path) -> None:
+            profile.save(folder / "profile.toml")
+            (folder / "fidelity.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+        write_folder(out, write, force=force)
+
+
+if __name__ == "__main__":
+    typer.run(main)

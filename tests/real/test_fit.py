@@ -1,0 +1,86 @@
+"""The arithmetic of calibration, held against runs whose costs are known: what the engine was given comes out again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from real import fit
+from sim.results import RunResult
+from sim.run import simulate
+from sim.spec.profile import Point
+from sim.systems import Budget, SystemSpec
+from tests.sim.hand import HandCosts, host
+from traces.synthetic import Sizes, zipf
+from traces.workload import one_at_a_time
+
+OTHERWISE = Point(size=1, best_s=9.0, median_s=9.0, p90_s=9.0, repeats=1)
+
+
+def run(place: str = "fetch", **costs: object) -> RunResult:
+    sizes = Sizes(sequences=1, prompt_tokens=4, new_tokens=60, layers=4, experts=16, top_k=4, expert_bytes=100)
+    workload = one_at_a_time(zipf(np.random.default_rng(5), sizes))
+    given = HandCosts(**costs)  # type: ignore[arg-type]
+    return simulate(workload, SystemSpec(place=place), Budget(slots=6), given, hardware="by hand")
+
+
+def singles(result: RunResult, resource: str) -> pd.DataFrame:
+    rows = fit.pieces(result)
+    return rows[(rows.resource == resource) & ((rows.tokens == 1) | (resource == "link"))]
+
+
+def test_seconds_alone_and_beside_each_other_are_recovered() -> None:
+    result = run(gpu=1.0, copy=3.0, slow={("gpu", "link"): 1.6, ("link", "gpu"): 1.25})
+    for resource, other, base_s, factor in (("gpu", "link", 1.0, 1.6), ("link", "gpu", 3.0, 1.25)):
+        found = fit.fit(singles(result, resource), OTHERWISE)
+        assert found.base_s == pytest.approx(base_s, rel=1e-6)
+        assert found.slowdown(resource, (other,)).factor == pytest.approx(factor, rel=1e-6)
+
+
+def test_without_contention_no_factor_is_found() -> None:
+    found = fit.fit(singles(run(gpu=1.0, copy=3.0), "gpu"), OTHERWISE)
+    assert found.base_s == pytest.approx(1.0)
+    assert found.slowdown("gpu", ("link",)).factor == pytest.approx(1.0)
+
+
+def test_cpu_experts_the_first_of_a_layer_and_later_ones_are_told_apart() -> None:
+    rows = singles(run("cpu-on-miss", gpu=0.5, cpu=2.0, cpu_first=1.0), "cpu")
+    assert fit.fit(rows[rows["first"]], OTHERWISE).base_s == pytest.approx(3.0)
+    assert fit.fit(rows[~rows["first"]], OTHERWISE).base_s == pytest.approx(2.0)
+
+
+def test_host_costs_are_recovered_as_a_line_over_operations() -> None:
+    given = host(controller_s=0.5, operation_s=0.25, join_s=0.125, joins_layers=True)
+    found = fit.host([[run(host=given)]], joins_layers=True)
+    assert found.controller_s == pytest.approx(0.5)
+    assert found.operation_s == pytest.approx(0.25)
+    assert found.join_s == pytest.approx(0.125)
+
+
+def test_dense_and_head_are_recovered() -> None:
+    result = run(dense=0.75, head=0.5)
+    (point,) = [point for point in fit.dense([[result]]) if point.tokens == 1]
+    assert point.base_s + point.per_context_s * point.most_context == pytest.approx(0.75)
+    (head,) = fit.head([[result]])
+    assert (head.size, head.best_s) == (1, pytest.approx(0.5))
+
+
+def test_a_step_is_taken_from_its_fastest_repeat() -> None:
+    slow, quick = run(dense=2.0), run(dense=1.0)
+    best = fit.best_rows([slow, quick], [slow.layers, quick.layers])
+    assert best.dense_s.to_numpy() == pytest.approx(1.0)
+    assert fit.token_s([slow, quick]) == fit.token_s([quick])
+    assert len(best) == len(quick.layers)
+
+
+def test_no_rows_give_the_piece_measured_alone() -> None:
+    empty = singles(run(), "cpu")
+    assert empty.empty
+    assert fit.fit(empty, OTHERWISE).base_s == OTHERWISE.best_s
+
+
+def test_sizes_are_moved_together_and_never_fall() -> None:
+    points = [Point(size=size, best_s=s, median_s=s, p90_s=s, repeats=3) for size, s in ((1, 4.0), (2, 3.5), (4, 6.0))]
+    base = fit.Fit(5.0, {}, np.array([5.0]))
+    assert [point.best_s for point in fit.shifted(points, base)] == [5.0, 5.0, 7.0]
