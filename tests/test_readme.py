@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -41,3 +42,20 @@ def test_every_make_target_of_the_readme_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"make (\w+)", README)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_figures_of_the_readme_are_those_of_the_committed_results() -> None:
+    wide, small = (
+        json.loads((ROOT / "analysis" / "results" / name / "fidelity.json").read_text(encoding="utf-8"))
+        for name in ("xeon-2core-cpu", "xeon-2core-cpu-small")
+    )
+    for label, key, shown in (
+        ("median absolute error", "median_error", "{:.1%}"),
+        ("90th percentile", "p90_error", "{:.1%}"),
+        ("signed bias", "bias", "{:.1%}"),
+        ("noise", "noise", "{:.1%}"),
+        ("skill", "skill", "{:.2f}"),
+        ("Kendall", "kendall_tau", "{:.2f}"),
+    ):
+        (row,) = re.findall(rf"^\| {label}.*\| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE)
+        assert [cell.replace(" %", "%") for cell in row] == [shown.format(one[key]) for one in (wide, small)], label

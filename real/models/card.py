@@ -74,9 +74,7 @@ def _data(figures: Figures) -> str:
         counts = [f"{sizes[split]['documents']} / {sizes[split]['text_bytes']:,}" for split in ("train", "heldout")]
         rows.append((source["domain"], package, source["licence"], *counts))
     head = ("domain", "package", "licence", "training documents / bytes", "held-out documents / bytes")
-    text = (
-        "Whole documents are held out by a seeded hash; repeated paragraphs are kept once over all domains.\n"
-    )
+    text = "Whole documents are held out by a seeded hash; repeated paragraphs are kept once over all domains.\n"
     return "## Data\n\n" + table(head, rows) + "\n" + text
 
 
@@ -121,7 +119,9 @@ def _losses(figures: Figures) -> str:
     )
     text = (
         "Cross-entropy in nats per token, on the stored weights run in float32. The baselines are an add-one unigram\n"
-        "and an interpolated Witten-Bell trigram, both estimated on the model's own training tokens.\n"
+        "and an interpolated Witten-Bell trigram, both estimated on the model's own training tokens. Each domain is\n"
+        f"judged on its first held-out tokens, in windows of {figures['recipe']['sequence_length']} that do not "
+        "overlap.\n"
     )
     return "## Held-out loss\n\n" + text + "\n" + table(head, rows)
 

@@ -31,8 +31,12 @@ class TrigramModel:
         pairs = stream[:-1] * vocab_size + stream[1:]
         triples = pairs[:-1] * vocab_size + stream[2:]
         self._pairs, self._triples = np.unique(pairs, return_counts=True), np.unique(triples, return_counts=True)
-        self._after_one = np.bincount(self._pairs[0] // vocab_size, minlength=vocab_size).astype(np.float64)
-        self._after_two = np.unique(self._triples[0] // vocab_size, return_counts=True)
+        heads = self._pairs[0] // vocab_size
+        self._kinds_after_one = np.bincount(heads, minlength=vocab_size).astype(np.float64)
+        self._count_after_one = np.bincount(heads, weights=self._pairs[1], minlength=vocab_size).astype(np.float64)
+        heads, starts, kinds = np.unique(self._triples[0] // vocab_size, return_index=True, return_counts=True)
+        self._kinds_after_two = heads, kinds
+        self._count_after_two = heads, np.add.reduceat(self._triples[1], starts)
 
     def unigram(self, tokens: TokenArray) -> FloatArray:
         """Give the add-one unigram probability of each token."""
@@ -41,15 +45,17 @@ class TrigramModel:
     def trigram(self, tokens: TokenArray) -> FloatArray:
         """Give the interpolated probability of each token of a document from the third on."""
         a, b, c = tokens[:-2], tokens[1:-1], tokens[2:]
-        context = self._unigrams[b]
-        kinds = self._after_one[b]
         found = _lookup(self._pairs, b * self._vocab + c)
-        lower = np.where(context + kinds > 0, (found + kinds * self.unigram(c)) / np.maximum(context + kinds, 1), 0)
-        lower = np.where(context + kinds > 0, lower, self.unigram(c))
+        bigram = _interpolate(found, self._count_after_one[b], self._kinds_after_one[b], self.unigram(c))
         pair = a * self._vocab + b
-        context, kinds = _lookup(self._pairs, pair), _lookup(self._after_two, pair)
         found = _lookup(self._triples, pair * self._vocab + c)
-        return np.where(context + kinds > 0, (found + kinds * lower) / np.maximum(context + kinds, 1), lower)
+        count, kinds = _lookup(self._count_after_two, pair), _lookup(self._kinds_after_two, pair)
+        return _interpolate(found, count, kinds, bigram)
+
+
+def _interpolate(found: FloatArray, count: FloatArray, kinds: FloatArray, lower: FloatArray) -> FloatArray:
+    """Mix an estimate with the one below it; a context that was never seen leaves the lower one."""
+    return np.where(count > 0, (found + kinds * lower) / np.maximum(count + kinds, 1.0), lower)
 
 
 def _lookup(table: tuple[IntArray, IntArray], keys: IntArray) -> FloatArray:
@@ -214,7 +220,8 @@ def _limited(documents: list[TokenArray], domain_tokens: int) -> list[TokenArray
 
 def _text_bytes(tokenizer: PreTrainedTokenizerFast, documents: Sequence[TokenArray]) -> int:
     """Give the size of the documents' text in UTF-8."""
-    return sum(len(tokenizer.decode(document.tolist(), skip_special_tokens=True).encode()) for document in documents)
+    backend = tokenizer.backend_tokenizer
+    return sum(len(backend.decode(document.tolist(), skip_special_tokens=True).encode()) for document in documents)
 
 
 def _loss_figures(runs: Sequence[DomainRun]) -> dict[str, float | int]:

@@ -46,9 +46,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[TokenArray]:
     """Encode whole documents as <bos> text <eos>, one int64 array each."""
     encoded: list[TokenArray] = []
-    eos = int(tokenizer.convert_tokens_to_ids(EOS))
+    backend = tokenizer.backend_tokenizer
+    eos = backend.token_to_id(EOS)
     for start in range(0, len(texts), 64):
-        batch = tokenizer.backend_tokenizer.encode_batch(list(texts[start : start + 64]))
+        batch = backend.encode_batch(list(texts[start : start + 64]))
         encoded.extend(np.array([*item.ids, eos], dtype=np.int64) for item in batch)
     return encoded
 
