@@ -222,6 +222,7 @@ def _run_twin(device: str, repeats: int) -> _Twin:
     from real.calibrate import calibrate
     from real.cli_run import bar, machine_of, status
     from real.decode import decode, replay
+    from real.generate import Sampler
     from real.record import encode
     from sim.costs import RooflineCosts
     from sim.profile import ProfileCosts
@@ -247,6 +248,7 @@ def _run_twin(device: str, repeats: int) -> _Twin:
                 budget,
                 rough,
                 max_new_tokens=40,
+                sampler=Sampler(temperature=0.8),
                 progress=advance,
                 domains=tuple(prompt.domain for prompt in prompts),
                 prompts_digest=digest(prompts),

@@ -6,7 +6,7 @@ of several interleaved repeats; the error of a point is |simulated - measured| /
 of the repeats, and what predicting every token by the calibration's mean would give. No number is fitted on what is
 judged.
 
-    python benchmarks/fidelity.py --out analysis/results/NAME [--trace TRACE] [--repeats 7] [--tokens 40]
+    python -m benchmarks.fidelity --out analysis/results/NAME [--trace TRACE] [--repeats 7] [--tokens 40]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from real.decode import Machine, replay
 from real.device import open_device
 from real.models.load import load, load_spec
 from sim.profile import ProfileCosts
-from sim.results import RunResult, write_folder
+from sim.results import RunResult, check_folder, write_folder
 from sim.run import simulate
 from sim.spec import ModelSpec
 from sim.spec.profile import Profile
@@ -174,17 +174,20 @@ def main(
     repeats: Annotated[int, typer.Option(help="Interleaved repeats of everything.")] = 7,
     tokens: Annotated[int, typer.Option(help="Decode tokens of each run.")] = 40,
     small: Annotated[bool, typer.Option(help="Judge the small model that ships, instead of wide experts.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that holds files.")] = False,
 ) -> None:
     """Prints the errors of every judged configuration, and the figures over all of them."""
+    if out is not None:
+        check_folder(out, force=force)
     recorded = load_trace(find_trace(trace))
     console = Console(stderr=True)
-    with open_device("cpu") as device:
+    with open_device(device) as opened:
         loaded = load("moetwin-small") if small else load_spec(wide_model(recorded))
         with console.status("packing experts"):
-            machine = Machine.prepare(loaded, device)
+            machine = Machine.prepare(loaded, opened)
         with console.status("calibrating"):
-            profile = calibrate(machine, name="cpu device", repeats=repeats)
+            profile = calibrate(machine, name=machine.hardware, repeats=repeats)
         workload = first_tokens(retarget(recorded, loaded.spec), tokens)
         comparisons = measure(machine, workload, JUDGED, repeats, profile)
     figures = summary(comparisons, JUDGED, profile.token_s)

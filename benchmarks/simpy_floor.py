@@ -4,7 +4,7 @@ The skeleton decides nothing and records nothing: one link server with its own p
 and one for a kernel, a kernel waits for its own copy. It replays the operations that the engine has logged. The engine
 decides them, and keeps the tables that a sweep keeps: requests, tokens and layers, without operations and events.
 
-    python benchmarks/simpy_floor.py [TRACE] [--repeats 5]
+    python -m benchmarks.simpy_floor [TRACE] [--repeats 5]
 """
 
 from __future__ import annotations
