@@ -36,7 +36,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "models": Entry("sim.cli:models_app", "The catalogue of models: dimensions, bytes, and their sources."),
     "hardware": Entry("sim.cli:hardware_app", "The catalogue of machines: rates, fixed costs, and their sources."),
-    "simulate": Entry("sim.cli:simulate", "Replay a trace in simulated time."),
+    "simulate": Entry("sim.cli_run:simulate", "Replay a trace in simulated time."),
     "decode": Entry("real.cli_run:decode", "Decode prompts for real, with only part of the experts on the device."),
     "calibrate": Entry("real.cli_run:calibrate", "Measure this machine, and write its hardware profile."),
     "demo": Entry("moetwin:demo", "Run the whole twin on the small model that ships, and write a report."),
@@ -238,7 +238,7 @@ def _run_twin(device: str, repeats: int) -> _Twin:
     with machine_of("moetwin-small", device=device) as machine:
         spec = machine.loaded.spec
         budget = parse_capacity("25%", layers=spec.moe_layers, experts=spec.experts)
-        rough = RooflineCosts(spec, catalogue.hardware("rtx4090-epyc9374f"))
+        rough = RooflineCosts(spec, catalogue.hardware(catalogue.REFERENCE_MACHINE))
         encoded = [tokens[:48] for tokens in encode(machine.loaded, prompts)]
         with bar("decoding", len(prompts) * 40) as advance:
             _, trace, tokens = decode(

@@ -53,7 +53,9 @@ def compare(
 
       moetwin compare runs/r1 runs/simulated --repeat runs/r2 --repeat runs/r3 --out out.html --perfetto out.json
     """
-    _check_targets({"out": out, "perfetto": perfetto, "markdown": markdown}, force=force)
+    targets = {"out": out, "perfetto": perfetto, "markdown": markdown}
+    _check_targets(targets, force=force)
+    _spare_inputs(targets, [measured, simulated, *(repeat or [])])
     ours, theirs, *others = load_runs([measured, simulated, *(repeat or [])])
     recorded = None if trace is None else _trace(trace, ours.info.trace_digest)
     outcome = compare_runs(ours, theirs, repeats=others, calibration_mean_s=calibration_mean_s)
@@ -76,6 +78,14 @@ def _check_targets(targets: dict[str, Path | None], *, force: bool) -> None:
         if path.absolute() in seen:
             raise InputError(f"{field} must be another file than {seen[path.absolute()]}, got {path}")
         seen[path.absolute()] = field
+
+
+def _spare_inputs(targets: dict[str, Path | None], inputs: list[Path]) -> None:
+    """Refuses to write into a result folder that is being read, with or without force."""
+    for field, path in targets.items():
+        for folder in inputs:
+            if path is not None and path.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{field} must lie outside the runs that are compared, got {path}")
 
 
 def _trace(path: Path, digest: str) -> Trace:

@@ -66,10 +66,10 @@ class Comparison:
         """The components that add up to the latency of a token."""
         return tuple(part for part in self.components if part.critical)
 
-    def to_dict(self, *, with_tokens: bool = False) -> dict[str, Any]:
-        """A JSON-ready form; nan becomes None. The rows of ``tokens`` are left out unless asked for."""
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form, without the rows of ``tokens`` and ``steps``; nan becomes None."""
         names = ("error", "prefill", "measured_summary", "simulated_summary")
-        result: dict[str, Any] = {
+        result = {
             "measured": self.measured.model_dump(mode="json"),
             "simulated": self.simulated.model_dump(mode="json"),
             "decisions": {"exact": self.decisions.exact, **asdict(self.decisions)},
@@ -80,8 +80,6 @@ class Comparison:
             "noise": self.noise,
             "skill": self.skill,
         }
-        if with_tokens:
-            result["tokens"] = self.tokens.to_dict(orient="records")
         return dict(_json_ready(result))
 
 
@@ -95,7 +93,8 @@ def compare(
     """Compares a measured run with a simulated one of the same trace, system and capacity.
 
     ``repeats`` are further measured runs of the same work: each step's point is then its fastest repeat, and the
-    spread of the repeats gives the noise floor (``measured`` itself counts as one, and is not counted twice).
+    spread of the repeats gives the noise floor (``measured`` itself counts as one, and is not counted twice). Decisions
+    that are promised to be equal are compared in every repeat.
     ``calibration_mean_s`` is the mean decode latency of the calibration runs, against which skill is measured.
     Raises InputError, naming the field and both values, when the runs do not belong together.
     """
@@ -110,7 +109,7 @@ def compare(
     return Comparison(
         measured=measured.info,
         simulated=simulated.info,
-        decisions=compare_decisions(measured, simulated),
+        decisions=compare_decisions(measured, simulated, runs[1:]),
         tokens=_paired(tokens["measured"], ours, theirs),
         steps=steps,
         error=metrics.summarise_errors(ours, theirs),

@@ -117,9 +117,10 @@ def _cache(comparison: Comparison, measured: RunResult) -> Iterator[tuple[str, F
     if measured.operations.empty:
         return
     layer, steps, experts = typical_layer(layers), shown_steps(measured), expert_count(measured)
+    cells = residency_map(measured.operations, layer, experts, steps, capacity_slots=measured.info.capacity_slots)
     yield (
         "residency",
-        residency(residency_map(measured.operations, layer, experts, steps), steps),
+        residency(cells, steps),
         f"What the cache did in layer {layer}",
         "Each row is an expert, each column a decode step; in solid blue an expert was kept and used again, where it "
         "stays faint until it goes it was kept in vain.",

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.frames import COMPONENTS
 from traces.errors import InputError
 from traces.schema import Phase
 
@@ -55,12 +54,6 @@ def percentile(values: npt.ArrayLike, percent: float) -> float:
     return float(np.percentile(array, percent)) if array.size else float("nan")
 
 
-def component_shares(steps: pd.DataFrame) -> dict[str, float]:
-    """Share of the summed latency of each critical-path component; the shares add up to 1."""
-    total = float(steps["latency_s"].sum())
-    return {name: ratio(steps[name].sum(), total) for name in COMPONENTS}
-
-
 def stall_share(steps: pd.DataFrame) -> float:
     """Share of the step time in which the GPU waited for copies or for CPU results."""
     return ratio(steps["stall_s"].sum(), steps["latency_s"].sum())
@@ -98,12 +91,19 @@ def absolute_errors(measured: npt.ArrayLike, simulated: npt.ArrayLike) -> Floats
     return np.abs(signed_errors(measured, simulated))
 
 
-def skill(measured: npt.ArrayLike, simulated: npt.ArrayLike, calibration_mean_s: float) -> float:
-    """Our median absolute error over that of predicting ``calibration_mean_s`` for every token; below 1 is better.
+def skill(measured: npt.ArrayLike, simulated: npt.ArrayLike, calibration_mean_s: npt.ArrayLike) -> float:
+    """Our median absolute error over that of predicting the mean of a calibration; below 1 is better.
 
-    nan when the constant makes no error at all.
+    ``calibration_mean_s`` is one mean for all tokens, or [N], one for each of the N tokens: with the tokens of several
+    systems in one array, each system's own calibration mean is the harder constant to beat. nan when the constants make
+    no error at all; raises InputError for another number of means.
     """
-    constant = np.full(np.shape(measured), calibration_mean_s)
+    tokens, means = np.shape(measured), np.asarray(calibration_mean_s, dtype=np.float64)
+    if means.ndim and means.shape != tokens:
+        raise InputError(
+            f"calibration_mean_s must be one number or one a token ({np.size(measured)}), got {means.size}"
+        )
+    constant = np.broadcast_to(means, tokens)
     ours, theirs = absolute_errors(measured, simulated), absolute_errors(measured, constant)
     return ratio(percentile(ours, 50), percentile(theirs, 50))
 

@@ -19,7 +19,7 @@ from traces.errors import InputError
 RESOURCES = ("host", "gpu", "link", "cpu")
 """Rows from top to bottom; another resource that a run names comes after these."""
 
-PALE_KINDS = frozenset({"dense", "head", "plan", "readback", "dispatch", "submit", "controller", "wait", "host"})
+PALE_KINDS = frozenset({"dense", "head", "plan"})
 """Kinds of event that every system has; they are drawn pale, so that experts and copies stand out."""
 
 PREFETCH = "prefetch"

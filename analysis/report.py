@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import text
 from analysis.compare import Comparison
-from analysis.decisions import is_synchronous
+from analysis.decisions import CountCheck, Decisions, OperationCheck, is_synchronous
 from analysis.figures import report_figures
 from analysis.files import check_file, write_text
 from analysis.metrics import ErrorSummary
@@ -33,6 +33,10 @@ COLUMN_NAMES: dict[str, str] = {
     "cpu_experts": "experts run on the CPU",
     "bytes": "bytes copied",
 }
+
+
+NOT_PROMISED = "not promised: arrival times decide"
+"""What stands beside counts and logs that differ where nothing says that they are equal."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def render_report(
         synthetic=comparison.measured.synthetic or comparison.simulated.synthetic,
         verdict=verdict(comparison),
         cards=_cards(comparison, measured, trace, facts),
-        decisions=comparison.decisions,
+        badge=_badge(comparison.decisions),
+        first_mismatch=comparison.decisions.first_mismatch,
         decision_rows=_decision_rows(comparison),
         component_rows=_component_rows(comparison),
         error_rows=_error_rows(comparison),
@@ -95,7 +100,7 @@ def write_report(out_path: Path, *, force: bool = False, **contents: Any) -> Pat
 
 
 def render_markdown(comparison: Comparison) -> str:
-    """The outcome as a short Markdown text: the verdict, the components, the errors."""
+    """The outcome as a short Markdown text: the verdict, the components, the errors, the remarks of the runs."""
     lines = [
         f"**{comparison.measured.model}**, {system_label(comparison.measured.system)}.",
         "",
@@ -109,12 +114,9 @@ def render_markdown(comparison: Comparison) -> str:
     lines += ["| " + " | ".join(row) + " |" for row in _component_rows(comparison)]
     lines += ["", "| error of a token | decode | prefill |", "| --- | ---: | ---: |"]
     lines += ["| " + " | ".join(row) + " |" for row in _error_rows(comparison)]
+    remarks = notes(comparison)
+    lines += ["", *(f"- {remark}" for remark in remarks)] if remarks else []
     return "\n".join(lines) + "\n"
-
-
-def write_markdown(out_path: Path, comparison: Comparison, *, force: bool = False) -> Path:
-    """Writes :func:`render_markdown` to ``out_path``, complete or not at all; returns the path."""
-    return write_text(out_path, render_markdown(comparison), force=force, field="markdown")
 
 
 def system_label(system: Mapping[str, Any]) -> str:
@@ -125,25 +127,44 @@ def system_label(system: Mapping[str, Any]) -> str:
     return ", ".join([*policies, *switches]) or "default system"
 
 
+MOST_NOISE = 0.15
+"""Noise of the repeats beyond which times are not worth judging."""
+
+
 def verdict(comparison: Comparison) -> str:
-    """The whole comparison in two sentences."""
-    decisions, rows = comparison.decisions, comparison.decisions.checks[0].rows
-    if decisions.exact:
-        first = f"Both clocks decided the same in all {rows:,} layer-steps."
-    else:
-        worst = max(check.mismatching for check in decisions.checks)
-        first = f"The clocks decided differently in {worst:,} of {rows:,} layer-steps ({decisions.first_mismatch})."
+    """The whole comparison in two or three sentences."""
     ours, theirs = (comparison.tokens[f"{side}_s"].mean() * 1e3 for side in ("measured", "simulated"))
     return (
-        f"{first} A decode token takes {text.number(ours, 'ms')} measured and {text.number(theirs, 'ms')} simulated; "
-        f"the median error of a token is {text.percent(comparison.error.median)}{_noise(comparison)}."
+        f"{_decided(comparison.decisions)} "
+        f"A decode token takes {text.number(ours, 'ms')} measured and {text.number(theirs, 'ms')} simulated; "
+        f"the median error of a token is {text.percent(comparison.error.median)}{_noise(comparison)}"
+    )
+
+
+def _decided(decisions: Decisions) -> str:
+    """One sentence on the decisions: equal, different against a promise, or different where nothing is promised."""
+    rows = decisions.checks[0].rows
+    wrong = max((check.mismatching for check in decisions.checks if check.promised), default=0)
+    if wrong:
+        return f"The clocks decided differently in {wrong:,} of {rows:,} layer-steps ({decisions.first_mismatch})."
+    if not decisions.exact:
+        return f"The clocks executed different operations ({decisions.first_mismatch})."
+    if all(check.exact for check in decisions.checks):
+        return f"Both clocks decided the same in all {rows:,} layer-steps."
+    hits = next(check for check in decisions.checks if check.column == "hits_union")
+    return (
+        f"Both clocks asked for the same experts in all {rows:,} layer-steps, with {hits.measured:,} hits measured and "
+        f"{hits.simulated:,} simulated ({NOT_PROMISED})."
     )
 
 
 def _noise(comparison: Comparison) -> str:
     if not math.isfinite(comparison.noise):
-        return ""
-    return f", where repeats of the measurement differ by {text.percent(comparison.noise)}"
+        return ". It was measured once: how far repeats would differ is not known."
+    known = f", where repeats of the measurement differ by {text.percent(comparison.noise)}."
+    if comparison.noise <= MOST_NOISE:
+        return known
+    return f"{known} The machine was too busy to judge the times: measure again when it is idle."
 
 
 def _cards(comparison: Comparison, measured: RunResult, trace: Trace | None, facts: Mapping[str, str]) -> list[Card]:
@@ -180,19 +201,29 @@ def needed_bytes(run: RunResult, trace: Trace | None) -> float:
     return float(sizes.sum() * trace.header.experts)
 
 
-def _decision_rows(comparison: Comparison) -> list[tuple[str, str, str, str, bool]]:
-    """(name, measured, simulated, outcome, equal) of every check."""
-    rows = []
-    for check in comparison.decisions.checks:
-        outcome = "equal" if check.exact else f"{check.mismatching:,} of {check.rows:,} rows differ"
-        name = COLUMN_NAMES[check.column]
-        rows.append((name, f"{check.measured:,}", f"{check.simulated:,}", outcome, check.exact))
-    log = comparison.decisions.operations
-    if log is not None:
-        outcome = "equal" if log.exact else f"{log.mismatching:,} entries differ"
-        outcome += "" if log.promised or log.exact else " (only promised in synchronous mode)"
-        rows.append(("executed operations", f"{log.measured:,}", f"{log.simulated:,}", outcome, log.exact))
-    return rows
+def _badge(decisions: Decisions) -> tuple[str, str]:
+    """(style, words) of the mark before the verdict."""
+    if not decisions.exact:
+        return "bad", "decisions differ"
+    return ("good", "decisions equal") if decisions.equal else ("neutral", "equal where promised")
+
+
+def _decision_rows(comparison: Comparison) -> list[tuple[str, str, str, str, str]]:
+    """(name, measured, simulated, style of the outcome, outcome) of every check."""
+
+    def row(name: str, check: CountCheck | OperationCheck, differing: str) -> tuple[str, str, str, str, str]:
+        style, outcome = ("good", "equal") if check.exact else ("bad", differing)
+        if not (check.exact or check.promised):
+            style, outcome = "neutral", NOT_PROMISED
+        return name, f"{check.measured:,}", f"{check.simulated:,}", style, outcome
+
+    decisions = comparison.decisions
+    rows = [
+        row(COLUMN_NAMES[check.column], check, f"{check.mismatching:,} of {check.rows:,} rows differ")
+        for check in decisions.checks
+    ]
+    log = decisions.operations
+    return rows + ([row("executed operations", log, f"{log.mismatching:,} entries differ")] if log else [])
 
 
 def _component_rows(comparison: Comparison) -> list[tuple[str, str, str, str, str]]:
@@ -268,7 +299,7 @@ def provenance(comparison: Comparison, facts: Mapping[str, str]) -> list[tuple[s
     rows += [("workload", ", ".join(f"{key} {value}" for key, value in ours.workload.items()))]
     rows += [("measured on", ours.hardware), ("simulated as", theirs.hardware)]
     rows += [("costs of the simulation", theirs.costs)] if theirs.costs else []
-    rows += [("measured repeats", str(comparison.repeats)), ("seed", str(ours.seed))]
+    rows += [("measured repeats", str(comparison.repeats))]
     rows += [(key, value) for key, value in facts.items() if key not in (MEMORY_GIVEN, MEMORY_NEEDED)]
     software = {**theirs.software, **ours.software}
     return rows + [("software", ", ".join(f"{name} {version}" for name, version in software.items()))] * bool(software)
@@ -288,11 +319,21 @@ def limits(comparison: Comparison) -> list[str]:
         found.append(
             "Skill is not given: without other runs to calibrate on, a constant could do as well as the simulation."
         )
-    if not (is_synchronous(comparison.measured) and is_synchronous(comparison.simulated)):
+    if not comparison.decisions.promised:
         found.append(
-            "Copies overlap with work: late hits, misses and the order of operations depend on when copies arrive, and "
-            "are not promised to be equal on both clocks."
+            "Prefetched copies overlap with work: hits, late hits, misses and the order of operations depend on when "
+            "copies arrive, and are not promised to be equal on both clocks."
         )
+    elif not (is_synchronous(comparison.measured) and is_synchronous(comparison.simulated)):
+        found.append("Copies overlap with work: the order of operations is not promised to be equal on both clocks.")
     if comparison.measured.synthetic or comparison.simulated.synthetic:
         found.append("The routing, or a prediction of it, is synthetic: no model chose these experts.")
-    return [*found, *dict.fromkeys([*comparison.measured.notes, *comparison.simulated.notes])]
+    return [*found, *notes(comparison)]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """The remarks that the runs carry, each once, with the run that it is about."""
+    ours, theirs = comparison.measured.notes, comparison.simulated.notes
+    sides = {note: "Measured run" for note in ours} | {note: "Simulated run" for note in theirs}
+    sides |= {note: "Both runs" for note in ours if note in theirs}
+    return [f"{side}: {note}" for note, side in sides.items()]

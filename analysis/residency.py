@@ -20,43 +20,31 @@ ABSENT, RESIDENT, HIT, COPIED, CPU = range(5)
 _Slots = dict[int, tuple[int, int]]
 
 
-def residency_map(operations: pd.DataFrame, layer: int, experts: int, steps: range) -> np.ndarray:
+def residency_map(
+    operations: pd.DataFrame, layer: int, experts: int, steps: range, *, capacity_slots: int
+) -> np.ndarray:
     """Code uint8 [experts, len(steps)] of what happened to each expert of ``layer`` in each step.
 
-    Slots are followed from the first operation of the log on: a copy takes its slot, an eviction frees it. An expert
-    that ran on the GPU, or was evicted, from a slot that nothing was copied into was there from the beginning. Slots
-    that are copied over without an eviction are staging slots: what passes through them never counts as resident.
+    Slots are followed from the first operation of the log on, when all are empty: a copy takes its slot, an eviction
+    frees it. Slots from ``capacity_slots`` on are staging slots: what passes through them never counts as resident.
     """
     cells = np.zeros((experts, len(steps)), dtype=np.uint8)
     groups: dict[int, list[Any]] = {}
     for row in operations[operations["step"] < steps.stop].itertuples(index=False):
         groups.setdefault(int(row.step), []).append(row)
-    slots, staging = _initial_slots(operations), _staging_slots(operations)
+    slots: _Slots = {}
     for step in range(min([*groups, steps.start]), steps.stop):
-        column = _apply(slots, staging, groups.get(step, []), layer, experts)
+        column = _apply(slots, groups.get(step, []), layer, experts, capacity_slots)
         if step in steps:
             cells[:, step - steps.start] = column
     return cells
 
 
-def _initial_slots(operations: pd.DataFrame) -> _Slots:
-    slotted = operations[(operations["slot"] >= 0) & operations["op"].isin(["copy", "gpu", "evict"])]
-    first = slotted.drop_duplicates("slot")
-    there = first[first["op"] != "copy"]
-    return {int(row.slot): (int(row.layer), int(row.expert)) for row in there.itertuples(index=False)}
-
-
-def _staging_slots(operations: pd.DataFrame) -> frozenset[int]:
-    moves = operations[operations["op"].isin(["copy", "evict"])]
-    before = moves.groupby("slot")["op"].shift()
-    return frozenset(int(slot) for slot in moves.loc[(moves["op"] == "copy") & (before == "copy"), "slot"])
-
-
-def _apply(slots: _Slots, staging: frozenset[int], operations: Iterable[Any], layer: int, experts: int) -> np.ndarray:
+def _apply(slots: _Slots, operations: Iterable[Any], layer: int, experts: int, capacity_slots: int) -> np.ndarray:
     """Moves ``slots`` over one step, and returns that step's codes for ``layer``."""
     seen = dict.fromkeys(range(experts), ABSENT)
     for row in operations:
-        if row.op == "copy" and row.slot not in staging:
+        if row.op == "copy" and row.slot < capacity_slots:
             slots[row.slot] = (row.layer, row.expert)
         elif row.op == "evict":
             slots.pop(row.slot, None)

@@ -1,19 +1,20 @@
 """How close the simulator comes on this machine: calibrated on synthetic routing, judged on recorded routing.
 
-A model with random weights and experts of 12.6 MB (8 layers x 32 experts, top-4) replays the routing of a recorded
-trace, for real, under systems and cache sizes that the calibration did not see. A point is one decode token's fastest
-of several interleaved repeats; the error of a point is |simulated - measured| / measured. Beside it stand the noise
-of the repeats, and what predicting every token by the calibration's mean would give. No number is fitted on what is
-judged.
+A model with random weights and experts of 12.6 MB (8 layers x 32 experts, top-4) replays recorded routing for real:
+the beginning of one sequence of each of several domains, under systems and cache sizes that the calibration did not
+see. A point is one decode token's fastest of several interleaved repeats; the error of a point is
+|simulated - measured| / measured. Beside it stand the noise of the repeats, and the skill: our median error over that
+of a constant, each system's own mean token in runs on synthetic routing. No number is fitted on what is judged.
 
-    python -m benchmarks.fidelity --out analysis/results/NAME [--trace TRACE] [--repeats 7] [--tokens 40]
+    python -m benchmarks.fidelity --out analysis/results/NAME [--trace TRACE] [--repeats 7] [--tokens 12] [--domains 4]
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,18 +30,21 @@ from analysis.compare import Comparison, compare
 from real.calibrate import calibrate
 from real.decode import Machine, replay
 from real.device import open_device
+from real.fit import token_s
 from real.models.load import load, load_spec
+from sim.costs import Costs
 from sim.profile import ProfileCosts
 from sim.results import RunResult, check_folder, write_folder
 from sim.run import simulate
 from sim.spec import ModelSpec
 from sim.spec.profile import Profile
-from sim.systems import SystemSpec, parse_capacity
+from sim.systems import Budget, SystemSpec, parse_capacity
 from sim.target import retarget
 from traces.schema import Phase, Trace
 from traces.shipped import find_trace
 from traces.store import load as load_trace
-from traces.workload import Workload, one_at_a_time
+from traces.synthetic import Sizes, zipf
+from traces.workload import Step, Workload, one_at_a_time
 
 Judged = tuple[str, dict[str, str]]
 
@@ -83,20 +87,41 @@ def wide_model(trace: Trace) -> ModelSpec:
     )
 
 
-def first_tokens(trace: Trace, tokens: int) -> Workload:
-    """The first forward passes of a trace, one sequence at a time, with ``tokens`` decode steps among them."""
-    every = one_at_a_time(trace)
-    decode = [step.index for step in every if step.phase == Phase.DECODE]
-    last = decode[min(tokens, len(decode)) - 1]
-    return Workload(trace, 1, list(islice(every, last + 1)))
+def beginnings(trace: Trace, domains: int, tokens: int) -> Workload:
+    """The prompt and the first ``tokens`` decode steps of the first sequence of each of ``domains`` domains."""
+    first = {domain: sequence for sequence, domain in reversed(list(enumerate(trace.header.domains)))}
+    chosen = set(sorted(first.values())[:domains])
+    kept: list[Step] = []
+    decoded: Counter[int] = Counter()
+    for step in one_at_a_time(trace):
+        (sequence,) = step.sequences
+        decoded[sequence] += step.phase == Phase.DECODE
+        if sequence in chosen and decoded[sequence] <= tokens:
+            kept.append(replace(step, index=len(kept)))
+    return Workload(trace, 1, kept)
+
+
+def constants(machine: Machine, judged: Sequence[Judged], costs: Costs, repeats: int) -> dict[str, float]:
+    """Each system's mean decode token on synthetic routing, at the cache size of the calibration, by label."""
+    spec = machine.loaded.spec
+    sizes = Sizes(
+        sequences=1, prompt_tokens=32, new_tokens=12, layers=spec.moe_layers, experts=spec.experts,
+        top_k=spec.top_k, expert_bytes=spec.expert_bytes, lookahead=1,
+    )  # fmt: skip
+    workload = one_at_a_time(zipf(np.random.default_rng(7), sizes))
+    budget = Budget(slots=3 * spec.experts // 8)
+    systems = {SystemSpec(**system).label(): SystemSpec(**system) for _, system in judged}
+    return {
+        label: token_s([replay(machine, workload, system, budget, costs) for _ in range(repeats)])
+        for label, system in systems.items()
+    }
 
 
 def measure(
-    machine: Machine, workload: Workload, judged: Sequence[Judged], repeats: int, profile: Profile
+    machine: Machine, workload: Workload, judged: Sequence[Judged], repeats: int, profile: Profile, costs: Costs
 ) -> list[Comparison]:
     """Replays every judged configuration, all repeats interleaved, and compares each with its simulation."""
     spec = machine.loaded.spec
-    costs = ProfileCosts(profile, spec)
     configurations = [
         (SystemSpec(**system), parse_capacity(cache, layers=spec.moe_layers, experts=spec.experts))
         for cache, system in judged
@@ -109,32 +134,34 @@ def measure(
                 kept.append(replay(machine, workload, system, budget, costs, progress=lambda: bar.advance(task)))
     simulated = [simulate(workload, system, budget, costs, hardware=profile.name) for system, budget in configurations]
     return [
-        compare(measured[0], predicted, repeats=measured[1:], calibration_mean_s=profile.token_s)
+        compare(measured[0], predicted, repeats=measured[1:])
         for measured, predicted in zip(runs, simulated, strict=True)
     ]
 
 
-def summary(comparisons: Sequence[Comparison], judged: Sequence[Judged], mean_s: float) -> dict[str, Any]:
+def summary(comparisons: Sequence[Comparison], judged: Sequence[Judged], means_s: dict[str, float]) -> dict[str, Any]:
     """The figures of the protocol, over all decode tokens of all configurations."""
     tokens = pd.concat([comparison.tokens for comparison in comparisons])
     measured, simulated = tokens.measured_s.to_numpy(), tokens.simulated_s.to_numpy()
     error = metrics.summarise_errors(measured, simulated)
     means = [(float(one.tokens.measured_s.mean()), float(one.tokens.simulated_s.mean())) for one in comparisons]
+    constant = [
+        means_s[SystemSpec(**system).label()]
+        for (_, system), one in zip(judged, comparisons, strict=True)
+        for _ in range(len(one.tokens))
+    ]
     noise = float(np.median([one.noise for one in comparisons]))
     tau = metrics.kendall_tau([pair[0] for pair in means], [pair[1] for pair in means], noise)
     return {
         "median_error": error.median,
         "p90_error": error.p90,
         "bias": error.bias,
-        "skill": metrics.skill(measured, simulated, mean_s),
+        "skill": metrics.skill(measured, simulated, np.array(constant)),
         "noise": noise,
+        "constants_ms": {label: mean_s * 1e3 for label, mean_s in means_s.items()},
         "kendall_tau": tau.tau,
         "pairs_left_out": tau.left_out,
-        "decisions_exact": all(
-            one.decisions.exact
-            for one, (_, system) in zip(comparisons, judged, strict=True)
-            if "prefetch" not in system
-        ),
+        "decisions_exact": all(one.decisions.exact for one in comparisons),
         "configurations": [
             {
                 "cache": cache,
@@ -172,7 +199,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder for the profile and the figures.")] = None,
     trace: Annotated[str, typer.Option(help="A recorded trace: a file, or a name that ships.")] = "mixed",
     repeats: Annotated[int, typer.Option(help="Interleaved repeats of everything.")] = 7,
-    tokens: Annotated[int, typer.Option(help="Decode tokens of each run.")] = 40,
+    tokens: Annotated[int, typer.Option(help="Decode tokens of each sequence.")] = 12,
+    domains: Annotated[int, typer.Option(help="Domains, of each of which one sequence is run.")] = 4,
     small: Annotated[bool, typer.Option(help="Judge the small model that ships, instead of wide experts.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that holds files.")] = False,
@@ -188,9 +216,19 @@ def main(
             machine = Machine.prepare(loaded, opened)
         with console.status("calibrating"):
             profile = calibrate(machine, name=machine.hardware, repeats=repeats)
-        workload = first_tokens(retarget(recorded, loaded.spec), tokens)
-        comparisons = measure(machine, workload, JUDGED, repeats, profile)
-    figures = summary(comparisons, JUDGED, profile.token_s)
+        costs = ProfileCosts(profile, loaded.spec)
+        workload = beginnings(retarget(recorded, loaded.spec), domains, tokens)
+        means_s = constants(machine, JUDGED, costs, repeats=3)
+        comparisons = measure(machine, workload, JUDGED, repeats, profile, costs)
+    figures = {
+        "date": profile.date,
+        "machine": profile.machine,
+        "profile": profile.digest,
+        "trace": recorded.digest,
+        "workload": workload.describe(),
+        "repeats": repeats,
+        **summary(comparisons, JUDGED, means_s),
+    }
     show(loaded.spec.name, figures)
     if out is not None:
 

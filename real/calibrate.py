@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -71,6 +72,7 @@ def calibrate(
         head=fit.head(runs),
         lookahead_s=lookahead_s,
         slowdowns=tuple(_slowdowns(fits)),
+        notes=tuple(_notes(fits)),
         token_s=float(np.mean([fit.token_s(runs[turn]) for turn, plan in enumerate(PLANS) if plan[1] == 1])),
     )
 
@@ -78,9 +80,9 @@ def calibrate(
 def describe_machine() -> dict[str, str]:
     """What a profile says of the machine: processor, cores, system, versions; and the GPU, when there is one."""
     facts = {
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "transformers", "numpy")},
     }
@@ -139,7 +141,7 @@ class _Bench:
         counted = np.array(seconds[1:])
         return Point(
             size=size,
-            best_s=float(counted.min()),
+            value_s=float(counted.min()),
             median_s=float(np.median(counted)),
             p90_s=float(np.quantile(counted, 0.9)),
             repeats=len(counted),
@@ -187,7 +189,7 @@ def _calibration_runs(machine: Machine, repeats: int, seed: int) -> list[list[Ru
     """
     spec = machine.loaded.spec
     budget = Budget(slots=max(1, 3 * spec.experts // 8))
-    costs = RooflineCosts(spec, catalogue.hardware(catalogue.hardware_names()[0]))
+    costs = RooflineCosts(spec, catalogue.hardware(catalogue.REFERENCE_MACHINE))
     workloads = [_workload(machine, prompt, lanes, seed + turn) for turn, (prompt, lanes, _) in enumerate(PLANS)]
     runs: list[list[RunResult]] = [[] for _ in workloads]
     for _ in range(repeats):
@@ -217,3 +219,21 @@ def _slowdowns(fits: dict[str, fit.Fit]) -> list[Slowdown]:
         for together in sets
         for one in together
     ]
+
+
+def _notes(fits: dict[str, fit.Fit]) -> list[str]:
+    return [
+        f"{name} beside {other} took more than {1 / (1 - fit.MOST_SLOPE):.0f} times as long, and counts with that"
+        for name, found in fits.items()
+        for other in found.clipped
+    ]
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({platform.machine()})"

@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # torch and transformers are imported when a model is run, no
 
 RECORD_COMMAND = "moetwin trace record"
 
+MOST_SEED = 2**63 - 1
+"""The largest seed that every generator takes."""
+
 
 @dataclass(frozen=True)
 class RecordOptions:
@@ -38,6 +41,11 @@ class RecordOptions:
     seed: int = 0
     temperature: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raises :class:`InputError` for a seed that is no seed."""
+        if not 0 <= self.seed <= MOST_SEED:
+            raise InputError(f"seed must be from 0 to {MOST_SEED}, got {self.seed}")
+
     def command(self) -> str:
         """The command line that records with these options; empty ones are left out."""
         given = [(field.name, getattr(self, field.name)) for field in fields(self)]
@@ -47,15 +55,25 @@ class RecordOptions:
     @classmethod
     def parse(cls, command: str) -> RecordOptions:
         """The options of a :meth:`command`; raises :class:`InputError` when it is something else."""
+        try:
+            values = cls._values(command)
+        except (ValueError, KeyError) as error:
+            message = f"made_by must be a command {RECORD_COMMAND} with its options, got {command!r}"
+            raise InputError(message) from error
+        return cls(**values)
+
+    @classmethod
+    def _values(cls, command: str) -> dict[str, Any]:
+        """The options by name; raises ValueError or KeyError for what cannot be one."""
+        if not command.startswith(RECORD_COMMAND):
+            raise ValueError(command)
         kinds = {_flag(field.name): (field.name, type(getattr(cls(), field.name))) for field in fields(cls)}
         words = shlex.split(command.removeprefix(RECORD_COMMAND))
-        if not command.startswith(RECORD_COMMAND) or len(words) % 2 or not kinds.keys() >= set(words[::2]):
-            raise InputError(f"made_by must be a command {RECORD_COMMAND} with its options, got {command!r}")
         values: dict[str, Any] = {}
         for flag, word in zip(words[::2], words[1::2], strict=True):
             name, kind = kinds[flag]
             values[name] = kind(word)
-        return cls(**values)
+        return values
 
 
 def record(
@@ -66,7 +84,9 @@ def record(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to decode for each prompt.")] = 128,
     batch: Annotated[int, typer.Option(help="Prompts decoded together, in lock-step.")] = 1,
     lookahead: Annotated[int, typer.Option(help="Layers whose choice is predicted from each layer; 0 for none.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the sampling, when the temperature is above 0.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the sampling, when the temperature is above 0.")
+    ] = 0,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="The trace file to write (.safetensors).")] = None,
     like: Annotated[Path | None, typer.Option(help="Record again as this trace was made, and compare.")] = None,
@@ -76,7 +96,7 @@ def record(
 
     Examples:
 
-      moetwin trace record --out code.safetensors --domains code
+      moetwin trace record --out code.safetensors --domains python_code
 
       moetwin trace record --model ./my-checkpoint --prompts mine.txt --batch 4 --out mine.safetensors
 

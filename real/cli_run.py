@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from real.cli import choose
+from real.cli import MOST_SEED, choose
 from sim import options
 from sim.costs import Costs, RooflineCosts
 from sim.results import RunResult, check_folder
 from sim.spec import ModelSpec, catalogue
 from sim.systems import Budget, SystemSpec
-from sim.target import budget_of, workload_of
+from sim.target import budget_of, retarget, workload_of
 from traces import prompts as prompt_files
 from traces import store
 from traces.errors import InputError
@@ -26,10 +27,10 @@ from traces.schema import Trace
 from traces.shipped import find_trace
 
 if TYPE_CHECKING:  # torch and transformers are imported when a model is run, not to print a help text
-    from real.decode import Machine
+    from torch import Tensor
 
-REFERENCE_MACHINE = "rtx4090-epyc9374f"
-"""Whose catalogue numbers placement policies weigh when a measured run is given no profile."""
+    from real.decode import Machine
+    from real.generate import Sampler
 
 SMALL = "moetwin-small"
 RandomWeights = Annotated[
@@ -60,7 +61,7 @@ def decode(
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="A longer prompt is cut here.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together, in lock-step.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling, and of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of sampling, and of random weights.")] = 0,
     synchronous: options.Synchronous = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the result's tables.")] = None,
     trace_out: Annotated[Path | None, typer.Option(help="Also write the routing of this run as a trace.")] = None,
@@ -80,23 +81,27 @@ def decode(
       moetwin decode --model olmoe-1b-7b --random-weights --routing mine.safetensors --gpu-memory 8GiB --dtype bf16
     """
     system = options.system_of(evict=evict, place=place, prefetch=prefetch, scope=scope, synchronous=synchronous)
-    if out is not None:
-        check_folder(out, force=force)
-    if trace_out is not None:
-        store.check_target(trace_out, force=force)
+    _check_outputs(out, trace_out, force=force)
     if routing is not None and (prompt or prompts or domains or trace_out):
         raise InputError("routing must be given without prompts, domains and trace-out, got both")
     texts = [] if routing else _texts(prompt, prompts, domains)
     recorded = store.load(find_trace(routing)) if routing else None
+    generation = _Generation(
+        max_prompt_tokens,
+        max_new_tokens,
+        temperature,
+        seed,
+        stream=not as_json and batch == 1,
+        full_trace=trace_out is not None,
+    )
+    if recorded is not None and random_weights and model in catalogue.model_names():
+        retarget(recorded, catalogue.model(model))  # a trace of another shape is refused before a model is built
     with machine_of(model, dtype=dtype, device=device, random_weights=random_weights, seed=seed) as machine:
         limits = _Limits(machine.loaded.spec, batch, cache, gpu_memory, scope)
         if recorded is not None:
             run, trace = _replay(machine, recorded, system, limits), recorded
         else:
-            stream = not as_json and batch == 1
-            run, trace = _continue(
-                machine, texts, system, limits, max_prompt_tokens, max_new_tokens, (temperature, seed), stream
-            )
+            run, trace = _continue(machine, texts, system, limits, generation)
     extra = {} if out is None else {"result": str(run.save(out, force=force))}
     if trace_out is not None:
         extra["trace"] = str(store.save(trace, trace_out, force=force))
@@ -111,7 +116,9 @@ def calibrate(
     dtype: Dtype = "fp32",
     name: Annotated[str, typer.Option(help="What results call this machine.")] = "",
     repeats: Annotated[int, typer.Option(min=3, help="Times that everything is measured.")] = 7,
-    seed: Annotated[int, typer.Option(help="Of the synthetic routing and of random weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the synthetic routing and of random weights.")
+    ] = 0,
     force: options.Force = False,
 ) -> None:
     """Measure this machine, and write the profile that `moetwin simulate --profile` reads.
@@ -122,8 +129,7 @@ def calibrate(
 
       moetwin calibrate --model olmoe-1b-7b --random-weights --dtype bf16 --device cuda --out h100.toml
     """
-    if out.exists() and not force:
-        raise InputError(f"out must be a new file (or give --force), got {out}")
+    store.check_target(out, force=force)
     with (
         machine_of(model, dtype=dtype, device=device, random_weights=random_weights, seed=seed) as machine,
         status("calibrating") as say,
@@ -149,7 +155,7 @@ class _Limits:
     @property
     def costs(self) -> Costs:
         """Predicted costs, for placement policies that weigh them."""
-        return RooflineCosts(self.spec, catalogue.hardware(REFERENCE_MACHINE))
+        return RooflineCosts(self.spec, catalogue.hardware(catalogue.REFERENCE_MACHINE))
 
 
 def _replay(machine: Machine, trace: Trace, system: SystemSpec, limits: _Limits) -> RunResult:
@@ -161,38 +167,63 @@ def _replay(machine: Machine, trace: Trace, system: SystemSpec, limits: _Limits)
         return replay(machine, workload, system, budget, limits.costs, progress=advance)
 
 
+@dataclass(frozen=True)
+class _Generation:
+    """How prompts are continued, whether the text is shown as it grows, and whether the routing is recorded in full."""
+
+    max_prompt_tokens: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    stream: bool
+    full_trace: bool
+
+
 def _continue(
-    machine: Machine,
-    texts: Sequence[Prompt],
-    system: SystemSpec,
-    limits: _Limits,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    sampling: tuple[float, int],
-    stream: bool,
+    machine: Machine, texts: Sequence[Prompt], system: SystemSpec, limits: _Limits, generation: _Generation
 ) -> tuple[RunResult, Trace]:
     from real.decode import decode as decode_prompts
     from real.generate import Sampler
     from real.record import encode
 
-    encoded = [tokens[:max_prompt_tokens] for tokens in encode(machine.loaded, texts)]
+    encoded = [tokens[: generation.max_prompt_tokens] for tokens in encode(machine.loaded, texts)]
+    sampler = Sampler(generation.temperature, seed=generation.seed)
     run, trace, _ = decode_prompts(
         machine,
         encoded,
         system,
-        limits.budget(max(map(len, encoded)) + max_new_tokens),
+        limits.budget(max(map(len, encoded)) + generation.max_new_tokens),
         limits.costs,
         batch=limits.batch,
-        max_new_tokens=max_new_tokens,
-        sampler=Sampler(sampling[0], seed=sampling[1]),
-        on_text=(lambda text: typer.echo(text, nl=False)) if stream else None,
+        max_new_tokens=generation.max_new_tokens,
+        sampler=_announcing(sampler, machine, encoded, generation) if generation.stream else sampler,
+        on_text=(lambda text: typer.echo(text, nl=False)) if generation.stream else None,
         domains=tuple(prompt.domain for prompt in texts),
         prompts_digest=prompt_files.digest(texts),
         made_by="moetwin decode",
+        full_trace=generation.full_trace,
     )
-    if stream:
+    if generation.stream:
         typer.echo()
     return run, trace
+
+
+def _announcing(
+    sampler: Sampler, machine: Machine, encoded: Sequence[Sequence[int]], generation: _Generation
+) -> Sampler:
+    """The sampler, which also shows the text of a prompt before it chooses the first token after it."""
+    prompts, left, gap = iter(encoded), 0, "\n"
+
+    def choose(logits: Tensor) -> list[int]:
+        nonlocal left, gap
+        if not left:
+            typer.secho(gap + machine.text(next(prompts)), dim=True, nl=False)
+            left, gap = generation.max_new_tokens, "\n\n"
+        (token,) = sampler(logits)
+        left = 0 if token in machine.loaded.eos_ids else left - 1
+        return [token]
+
+    return cast("Sampler", choose)
 
 
 @contextmanager
@@ -229,6 +260,14 @@ def bar(text: str, steps: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
+def _check_outputs(out: Path | None, trace_out: Path | None, *, force: bool) -> None:
+    """Raises :class:`InputError` before any work for what could not be written after it."""
+    if out is not None:
+        check_folder(out, force=force)
+    if trace_out is not None:
+        store.check_target(trace_out, force=force)
+
+
 def _texts(prompt: str | None, prompts: Path | None, domains: str) -> list[Prompt]:
     if prompt is None:
         return choose(load_prompts(prompts or SHIPPED_PROMPTS), domains)
@@ -236,4 +275,5 @@ def _texts(prompt: str | None, prompts: Path | None, domains: str) -> list[Promp
         raise InputError("prompt must be given without prompts and domains, got both")
     if not prompt.strip():
         raise InputError("prompt must hold text, got an empty one")
+    prompt_files.check_characters(prompt, "prompt")
     return [Prompt("prompt", prompt)]

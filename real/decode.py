@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
 import torch
 
@@ -77,10 +76,12 @@ def decode(
     sampler: Sampler | None = None,
     on_text: Callable[[str], None] | None = None,
     progress: Callable[[], None] = lambda: None,
+    full_trace: bool = True,
     **header: object,
 ) -> tuple[RunResult, Trace, list[list[int]]]:
     """Decodes prompts (token ids) under ``budget``, ``batch`` at a time: the measured run, its trace, the new tokens.
 
+    The trace has full scores and look-ahead with ``full_trace``, whose cost is a part of the measured dense time.
     ``on_text`` is handed the text of each prompt's continuation as it grows (with ``batch`` 1); ``header`` fields go
     into the trace. Raises :class:`InputError` for a system that has to know the future.
     """
@@ -89,7 +90,7 @@ def decode(
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     loaded = machine.loaded
-    collector = Collector(loaded, lookahead_depth=max(1, system.lookahead_depth), scores=True)
+    collector = Collector(loaded, lookahead_depth=3 if full_trace else 0, scores=full_trace)
     controller = _controller(loaded, system, budget, costs)
     tokens: list[list[int]] = []
     slots = machine.slots(controller.cache.total_slots)
@@ -139,6 +140,7 @@ def replay(
         slots=machine.slots(controller.cache.total_slots),
         listeners=[router],
         forecast=guide.forecast,
+        steps=workload.steps,
     ) as executor:
         hooks = HookChain(guide, executor, _Progress(progress))
         for steps in _batches(workload):
@@ -193,9 +195,9 @@ def _controller(loaded: LoadedModel, system: SystemSpec, budget: Budget, costs: 
 
 
 def _result(machine: Machine, executor: Executor, controller: OffloadController, workload: Workload) -> RunResult:
-    info = run_info("measured", workload, controller, hardware=machine.hardware)
-    software = {**info.software, **{name: version(name) for name in ("torch", "transformers")}}
-    return _from_zero(executor.log.result(info.model_copy(update={"software": software})))
+    packages = ("numpy", "torch", "transformers")
+    info = run_info("measured", workload, controller, hardware=machine.hardware, packages=packages)
+    return _from_zero(executor.log.result(info))
 
 
 def _from_zero(run: RunResult) -> RunResult:

@@ -5,7 +5,6 @@ Shapes: T rows of a forward pass (padding included), k experts a token, H hidden
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -25,7 +24,8 @@ from sim.controller import OffloadController
 from sim.logs import LayerRecord, RunLog
 from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
 from sim.queues import LINK_WINDOW
-from traces.schema import NOT_ROUTED, Phase
+from sim.run import most_named
+from traces.schema import Phase
 from traces.workload import Step
 
 IMPLEMENTATION = "moetwin_offload"
@@ -38,7 +38,8 @@ class Executor:
     """Stands in for the experts of a model for the time of a ``with`` block. One executor serves one run.
 
     Give it to ``generate`` as hooks. With ``forecast`` the predictions for the layers after a given one come from
-    there (routing replay); the later layers' routers are run all the same, because that is a part of the cost.
+    there (routing replay); the later layers' routers are run all the same, because that is a part of the cost. With
+    ``steps`` the forward passes are those of a known workload, and are written down under its sequence numbers.
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class Executor:
         slots: DeviceSlots | None = None,
         listeners: Sequence[RouteListener] = (),
         forecast: Callable[[int], Predictions] | None = None,
+        steps: Sequence[Step] | None = None,
     ) -> None:
         self.log = RunLog()
         self.slots = slots or DeviceSlots(store, controller.cache.total_slots, device.torch_device)
         self._loaded, self._controller, self._device, self._store = loaded, controller, device, store
-        self._forecast = forecast
+        self._forecast, self._known = forecast, steps
         self._act = loaded.family.act_fn(loaded.config)
         self._routers = [layer.router for layer in loaded.layers]
         self._listeners = listeners
@@ -107,7 +109,11 @@ class Executor:
         records = [self._resolve(layer) for layer in self._layers]
         self._layers.clear()
         self._poll()
-        self.log.step(self._book.end(next_tokens), start_s, end_s, end_s - records[-1].end_s, records)
+        head = LayerRecord(self._book.index, len(records))
+        self._event_at("gpu", "head", head, records[-1].end_s, end_s)
+        step = self._book.end(next_tokens)
+        step = step if self._known is None else self._known[step.index]
+        self.log.step(step, start_s, end_s, end_s - records[-1].end_s, records)
 
     def on_route(self, call: RouterCall) -> None:
         """Looks ahead from a router's input when the system needs it; never changes the choice."""
@@ -118,7 +124,7 @@ class Executor:
             self._predictions = self._forecast(call.layer)
             return
         rows = ids if self._real is None else ids[self._real]
-        self._predictions = [_most_named(rows[:, ahead]) for ahead in range(self._depth)]
+        self._predictions = [most_named(rows[:, ahead].flatten().tolist()) for ahead in range(self._depth)]
 
     def experts(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The output [T, H] of one layer's experts for ``hidden`` [T, H], ``ids`` and ``weights`` [T, k]."""
@@ -179,7 +185,7 @@ class Executor:
         if operation.op == CPU:
             return self._device.cpu(kernel.on_cpu(operation))
         load = partial(self.slots.load, operation.slot, operation.layer, operation.expert)
-        return self._device.copy(load, after, prefetch=operation.prefetch)
+        return self._device.copy(load, after)
 
     def _promote(self, plan: LayerPlan) -> None:
         """Prefetches that this layer turns out to wait for need not stand back any longer."""
@@ -206,15 +212,16 @@ class Executor:
             self._poll()
             while self._outstanding() < LINK_WINDOW and (operations := self._controller.next_transfer()):
                 for operation in operations:
-                    if operation.op == COPY:
-                        self._prefetch(operation)
-                    self.log.operation(self._record.step, operation)
+                    taken = self._prefetch(operation) if operation.op == COPY else operation
+                    self.log.operation(self._record.step, taken)
         self._device.flush()
 
-    def _prefetch(self, operation: Operation) -> None:
+    def _prefetch(self, operation: Operation) -> Operation:
+        """Starts a prefetch, and returns it as the device took it."""
         load = partial(self.slots.load, operation.slot, operation.layer, operation.expert)
         work = self._works[operation.id] = self._device.copy(load, (), prefetch=True)
         self._prefetches.append(_Prefetch(operation, work, LayerRecord(self._record.step, operation.layer)))
+        return _as_taken(operation, work)
 
     def _outstanding(self) -> int:
         """Copies submitted and not ended."""
@@ -316,10 +323,3 @@ def _as_taken(operation: Operation, work: Work) -> Operation:
     """An operation as the device took it: the log must not follow the plan where the work does not."""
     op = _OP_ON[work.resource]
     return operation if op == operation.op else operation._replace(op=op)
-
-
-def _most_named(ids: Tensor) -> list[int]:
-    """Distinct experts of ids [n, K], most often named first; equal ones by the first token and rank naming them."""
-    counts = Counter(ids.flatten().tolist())
-    counts.pop(NOT_ROUTED, None)
-    return [expert for expert, _ in counts.most_common()]

@@ -65,17 +65,21 @@ def pieces(run: RunResult) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Fit:
-    """Seconds of an undisturbed piece of work, and the share of an overlap that is lost to each other resource."""
+    """Seconds of an undisturbed piece of work, and the share of an overlap that is lost to each other resource.
+
+    ``clipped`` names resources beside which more was lost than :data:`MOST_SLOPE`, and that count with that only.
+    """
 
     base_s: float
     lost: dict[str, float]
     seconds: Floats
+    clipped: tuple[str, ...] = ()
 
     def point(self, size: int) -> Point:
         """The undisturbed seconds as a point of a profile, with the spread of all pieces beside it."""
         return Point(
             size=size,
-            best_s=self.base_s,
+            value_s=self.base_s,
             median_s=float(np.median(self.seconds)),
             p90_s=float(np.quantile(self.seconds, 0.9)),
             repeats=len(self.seconds),
@@ -96,28 +100,32 @@ def fit(rows: pd.DataFrame, otherwise: Point) -> Fit:
     d = w + o (1 - 1 / f): with w known, every piece with enough overlap gives an estimate of 1 - 1 / f.
     """
     if rows.empty:
-        return Fit(otherwise.best_s, {}, np.array([otherwise.median_s]))
+        return Fit(otherwise.value_s, {}, np.array([otherwise.median_s]))
     seconds = rows.seconds.to_numpy(float)
     beside = {name: rows[f"beside_{name}"].to_numpy(float) for name in RESOURCES}
     shared = sum(beside.values()) / seconds
     alone = seconds[shared <= ALONE]
     base_s = float(np.median(alone)) if len(alone) >= ENOUGH else float(np.quantile(seconds, 0.1))
-    lost = {}
+    lost: dict[str, float] = {}
+    clipped = []
     for name, overlap_s in beside.items():
         others_s = sum(beside.values()) - overlap_s
         fitting = (overlap_s >= BESIDE * seconds) & (others_s <= ALONE * seconds)
         if fitting.sum() >= ENOUGH:
-            share = np.median((seconds[fitting] - base_s) / overlap_s[fitting])
-            lost[name] = float(np.clip(share, 0.0, MOST_SLOPE))
-    return Fit(base_s, lost, seconds)
+            share = float(np.median((seconds[fitting] - base_s) / overlap_s[fitting]))
+            lost[name] = min(max(share, 0.0), MOST_SLOPE)
+            if share > MOST_SLOPE:
+                clipped.append(name)
+    return Fit(base_s, lost, seconds, tuple(clipped))
 
 
 def shifted(points: Sequence[Point], base: Fit) -> tuple[Point, ...]:
     """Measured sizes, moved so that the first one takes what it took within runs; seconds never fall with the size."""
     moved: list[Point] = []
     for point in points:
-        best_s = base.base_s + point.best_s - points[0].best_s
-        moved.append(point.model_copy(update={"best_s": max(best_s, moved[-1].best_s if moved else 0.0)}))
+        shift_s = max(base.base_s - points[0].value_s, (moved[-1].value_s if moved else 0.0) - point.value_s)
+        seconds = {name: max(0.0, getattr(point, name) + shift_s) for name in ("value_s", "median_s", "p90_s")}
+        moved.append(point.model_copy(update=seconds))
     return tuple(moved)
 
 
@@ -138,9 +146,9 @@ def head(workloads: Sequence[Repeats]) -> tuple[Point, ...]:
     points: list[Point] = []
     for lanes, group in steps.groupby("lanes").seconds:
         middle_s = float(group.median())
-        best_s = max(middle_s, points[-1].best_s if points else 0.0)
+        value_s = max(middle_s, points[-1].value_s if points else 0.0)
         p90_s = float(group.quantile(0.9))
-        points.append(Point(size=int(str(lanes)), best_s=best_s, median_s=middle_s, p90_s=p90_s, repeats=len(group)))
+        points.append(Point(size=int(str(lanes)), value_s=value_s, median_s=middle_s, p90_s=p90_s, repeats=len(group)))
     return tuple(points)
 
 

@@ -87,7 +87,8 @@ class Collector:
     def finish(self, **header: Any) -> Trace:
         """The trace of all steps so far; ``header`` gives or replaces fields of :class:`TraceHeader`.
 
-        Raises :class:`traces.schema.TraceError` when nothing was recorded, or when the tap missed a step.
+        Raises :class:`InputError` when no forward pass, or not every layer, was recorded, and
+        :class:`traces.schema.TraceError` when the arrays or ``header`` break a rule of the schema.
         """
         spec = self._loaded.spec
         fields: dict[str, Any] = {

@@ -18,6 +18,10 @@ class Costs(Protocol):
     name: str
     host: HostSpec
 
+    @property
+    def notes(self) -> list[str]:
+        """What is doubtful about the answers given so far, one sentence each."""
+
     def dense_s(self, tokens: int, context: int) -> float:
         """One layer outside its routed experts: attention over ``context`` tokens, norms, router, shared experts."""
 
@@ -80,6 +84,11 @@ class RooflineCosts:
     @cache  # noqa: B019
     def copy_s(self, size_bytes: int) -> float:
         return self.hardware.link.latency_s + size_bytes / self.hardware.link.bytes_per_s
+
+    @property
+    def notes(self) -> list[str]:
+        """None: a roofline has no range in which it was measured."""
+        return []
 
     def lookahead_s(self, depth: int) -> float:
         router_bytes = self.model.hidden * self.model.experts * self.model.bytes_per_element

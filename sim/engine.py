@@ -79,11 +79,13 @@ class Engine:
         machine, start_s = self._machine, self._machine.now_s
         self.controller.begin_step(step.index)
         dense_s = self.costs.dense_s(len(step.rows), step.context) + self._lookahead_s
-        records = []
+        records: list[LayerRecord] = []
         for layer, routing in enumerate(routings):
             record = LayerRecord(step.index, layer)
-            records.append(record)
             yield from machine.dense("dense", record, self._host.layer_s, dense_s)
+            before_s = records[-1].end_s if records else start_s
+            record.host_s = max(0.0, machine.now_s - record.dense_s - before_s)  # dispatch that nothing covered
+            records.append(record)
             yield from self._experts(record, routing, predictions[layer] if predictions else ())
         head = LayerRecord(step.index, len(routings))
         head_s = self.costs.head_s(len(step.sequences), step.context)
@@ -98,7 +100,7 @@ class Engine:
         plan = record.plan = self.controller.plan_layer(record.layer, routing, predictions)
         yield from machine.sleep(host.controller_s + host.operation_s * len(plan.operations))
         record.end_s = machine.now_s
-        record.host_s = record.end_s - start_s
+        record.host_s += record.end_s - start_s
         if self.log.events is not None:
             self.log.event("host", "plan", record, -1, start_s, record.end_s)
         yield from machine.execute(plan, record)

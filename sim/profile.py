@@ -10,25 +10,23 @@ from sim.spec.model import ModelSpec
 from sim.spec.profile import Point, Profile
 from traces.errors import InputError
 
-COVERED = ("hidden", "expert_width", "experts", "top_k", "heads", "kv_heads", "head_dim", "dtype", "expert_bits")
-"""Dimensions that a profile's times depend on; the number of layers is not among them."""
+IGNORED = ("name", "source", "layers", "moe_layers")
+"""Fields of a model that a profile's times do not depend on, as long as no layers are dense."""
 
 
 class ProfileCosts:
-    """Answers with measured seconds. ``outside`` collects what was asked beyond the measured range.
+    """Answers with measured seconds; ``notes`` says what was asked beyond the measured range.
 
     Between two points the seconds are linear in the size; beyond the last one they grow at the last slope.
     """
 
     def __init__(self, profile: Profile, model: ModelSpec | None = None) -> None:
         """Raises :class:`InputError` when ``model`` has other dimensions than the profile was measured with."""
-        for field in COVERED if model is not None else ():
-            wanted, got = getattr(model, field), getattr(profile.model, field)
-            if wanted != got:
-                raise InputError(f"profile must be measured with {field} {wanted}, as in the model, got {got}")
+        if model is not None:
+            _check_same(model, profile.model)
         self.profile, self.host = profile, profile.host
         self.name = f"profile {profile.name} {profile.digest[:12]}"
-        self.outside: set[str] = set()
+        self._outside: dict[str, tuple[int, int, int, int]] = {}
         self._factors = {(one.resource, frozenset(one.others)): one.factor for one in profile.slowdowns}
 
     @cache  # noqa: B019 - a run keeps its one costs object alive anyway
@@ -65,13 +63,24 @@ class ProfileCosts:
     def slowdown(self, resource: str, others: frozenset[str]) -> float:
         return self._factors.get((resource, others), 1.0)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is doubtful about the answers so far: the profile's own notes, and what lay outside it."""
+        asked = [
+            f"{name} was asked for {low}{f' to {high}' if high > low else ''}, measured from {least} to {most}"
+            for name, (low, high, least, most) in sorted(self._outside.items())
+        ]
+        return [*self.profile.notes, *asked]
+
     def _at(self, name: str, points: tuple[Point, ...], size: int) -> float:
         self._flag(name, size, points[0].size, points[-1].size)
-        return _line(size, [point.size for point in points], [point.best_s for point in points])
+        return _line(size, [point.size for point in points], [point.value_s for point in points])
 
     def _flag(self, name: str, size: int, least: int, most: int) -> None:
-        if not least <= size <= most:
-            self.outside.add(f"{name} was asked for {size}, measured from {least} to {most}")
+        """Remembers the farthest size asked for on either side of the measured range."""
+        if size < least or size > most:
+            low, high, _, _ = self._outside.get(name, (size, size, least, most))
+            self._outside[name] = (min(low, size), max(high, size), least, most)
 
 
 def _line(size: float, sizes: list[int], seconds: list[float]) -> float:
@@ -81,3 +90,14 @@ def _line(size: float, sizes: list[int], seconds: list[float]) -> float:
         return float(np.interp(size, sizes, seconds)) * scale
     slope = max(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
     return seconds[-1] + slope * (size - sizes[-1])
+
+
+def _check_same(model: ModelSpec, measured: ModelSpec) -> None:
+    """Raises :class:`InputError` unless a profile measured with ``measured`` holds for ``model``."""
+    for field in sorted(set(ModelSpec.model_fields) - set(IGNORED)):
+        wanted, got = getattr(model, field), getattr(measured, field)
+        if wanted != got:
+            raise InputError(f"profile must be measured with {field} {wanted}, as in the model, got {got}")
+    dense, got = model.layers - model.moe_layers, measured.layers - measured.moe_layers
+    if dense != got:
+        raise InputError(f"profile must be measured with {dense} dense layers, as in the model, got {got}")

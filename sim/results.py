@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,6 +19,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from traces.errors import InputError
+from traces.paths import fault_of_target
 from traces.schema import Phase
 
 RESULT_VERSION = 1
@@ -70,7 +75,6 @@ class RunInfo(BaseModel):
     trace_digest: str
     workload: dict[str, Any]
     costs: str = ""
-    seed: int = 0
     synthetic: bool = False
     software: dict[str, str] = {}
     notes: list[str] = []
@@ -95,7 +99,7 @@ class RunResult:
     def save(self, folder: Path, *, force: bool = False) -> Path:
         """Writes ``run.json`` and one Parquet file a table; the folder appears complete or not at all.
 
-        Raises :class:`ResultError` when ``folder`` holds other files and ``force`` is not given.
+        Raises :class:`ResultError` when ``folder`` holds other files and ``force`` is not given, or cannot be written.
         """
 
         def write(target: Path) -> None:
@@ -109,11 +113,12 @@ class RunResult:
         """The figures that a command prints of a run, as in ``docs/metrics.md``; None where nothing was decoded."""
         layers = self.layers[self.layers.phase == DECODE]
         counts = layers.drop(columns=["step", "layer", "phase"]).sum()
-        rows = self.tokens[self.tokens.phase == DECODE].drop_duplicates("step")
-        token_s, tokens = rows.end_s - rows.start_s, int((self.tokens.phase == DECODE).sum())
+        rows = self.tokens[self.tokens.phase == DECODE]
+        token_s, tokens = rows.end_s - rows.start_s, int(rows.tokens.sum())  # one value a token: lanes share a step
+        steps_s = float(token_s[~rows.step.duplicated()].sum())
         figures = {
             "decode_tokens": tokens,
-            "tokens_per_s": tokens / token_s.sum() if tokens else None,
+            "tokens_per_s": tokens / steps_s if tokens else None,
             "time_per_output_token_p50_s": token_s.quantile(0.5),
             "time_per_output_token_p99_s": token_s.quantile(0.99),
             "time_to_first_token_p50_s": (self.requests.first_token_s - self.requests.arrival_s).quantile(0.5),
@@ -123,7 +128,7 @@ class RunResult:
             "misses": counts["misses"],
             "cpu_experts": counts["cpu_experts"],
             "demand_bytes_per_token": counts["bytes"] / tokens if tokens else None,
-            "stall_share": counts["stall_s"] / token_s.sum() if tokens else None,
+            "stall_share": counts["stall_s"] / steps_s if tokens else None,
         }
         return {name: None if pd.isna(value) else float(value) for name, value in figures.items()}
 
@@ -176,8 +181,11 @@ def _column(name: str, values: Sequence[Any]) -> Any:
 
 
 def check_folder(folder: Path, *, force: bool) -> None:
-    """Raises :class:`ResultError` when ``folder`` exists with something in it and ``force`` is not given."""
-    if folder.is_file():
+    """Raises :class:`ResultError` when ``folder`` holds something and ``force`` is not given, or cannot be written."""
+    fault = fault_of_target(folder)
+    if fault is not None:
+        raise ResultError(f"out must be a folder that can be written, got {folder}: {fault}")
+    if folder.exists() and not folder.is_dir():
         raise ResultError(f"out must be a folder, got the file {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise ResultError(f"out must be an empty or new folder (or give --force), got {folder} with files in it")
@@ -187,26 +195,76 @@ def write_folder(folder: Path, write: Callable[[Path], None], *, force: bool = F
     """Calls ``write(temporary folder)`` and moves the outcome to ``folder``, so that no partial result is ever seen.
 
     With ``force`` what is written replaces entries of the same name in a folder that exists; others stay untouched.
+    Interrupts (SIGINT, SIGTERM) wait while entries are moved. Raises :class:`ResultError` as :func:`check_folder`
+    does, and for an error of the file system.
     """
     check_folder(folder, force=force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
-        draft.mkdir()
-        write(draft)
-        if folder.exists() and any(folder.iterdir()):
-            _move_into(draft, folder)
-        else:
-            draft.replace(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        _write_whole(folder.resolve(), write)
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise ResultError(f"out must be a folder that can be written, got {folder}: {reason}") from error
     return folder
 
 
-def _move_into(draft: Path, folder: Path) -> None:
-    for entry in sorted(draft.iterdir()):
-        target = folder / entry.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        entry.replace(target)
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """A new folder is renamed; one that exists keeps its place (it may be where the user stands) and is filled.
+
+    In that case the draft is made inside, so that moving never crosses into another file system.
+    """
+    exists = folder.exists()
+    draft = (folder if exists else folder.parent) / f".{folder.name}.{os.getpid()}.partial"
+    old = draft.with_suffix(".old")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed, and had the same id
+    try:
+        draft.mkdir(parents=True)
+        write(draft)
+        with _signals_held():
+            if exists:
+                old.mkdir(exist_ok=True)
+                _move_into(draft, folder, old)
+            else:
+                draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_into(draft: Path, folder: Path, old: Path) -> None:
+    """Moves all entries of ``draft`` to ``folder``, and those that they replace to ``old``; undoes it on an error."""
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for entry in sorted(draft.iterdir()):
+            target = folder / entry.name
+            if os.path.lexists(target):
+                target.replace(old / entry.name)
+                moved.append((target, old / entry.name))
+            entry.replace(target)
+            moved.append((entry, target))
+    except OSError:
+        for source, place in reversed(moved):
+            place.replace(source)
+        raise
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Lets an interrupt, or a request to end, wait until the block is over.
+
+    Handlers are replaced instead of blocking the signals of this thread: with other threads around, the system hands
+    a blocked signal to one of those, and Python would act on it here all the same. Only the main thread ever does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in held:
+            signal.signal(number, lambda caught, _: came.append(caught))
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for received in came:
+            signal.raise_signal(received)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -55,7 +55,10 @@ def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
         if not depth or trace.lookahead is None:
             return ()
         ids = trace.lookahead[step.rows, :, :depth]  # [n, L, D, K]
-        return [[_by_count(ids[:, layer, ahead]) for ahead in range(depth)] for layer in range(ids.shape[1])]
+        return [
+            [most_named(ids[:, layer, ahead].ravel().tolist()) for ahead in range(depth)]
+            for layer in range(ids.shape[1])
+        ]
 
     return of_step
 
@@ -84,8 +87,9 @@ def routings_of(workload: Workload) -> Callable[[Step], list[Routing]]:
     return of_step
 
 
-def _by_count(ids: np.ndarray) -> list[int]:
-    counts = Counter(ids.ravel().tolist())
+def most_named(experts: Iterable[int]) -> list[int]:
+    """Distinct experts, most often named first; equal ones in the order in which they come; NOT_ROUTED is left out."""
+    counts = Counter(experts)
     counts.pop(NOT_ROUTED, None)
     return [expert for expert, _ in counts.most_common()]
 
@@ -109,13 +113,19 @@ def simulate(
     engine = Engine(controller, costs, events=events, operations=operations)
     predictions = predictions_of(workload.trace, system.lookahead_depth)
     engine.run(workload.steps, routings_of(workload), predictions, progress)
-    return engine.log.result(run_info("simulated", workload, controller, hardware=hardware, costs=costs.name))
+    info = run_info("simulated", workload, controller, hardware=hardware, packages=("numpy", "simpy"))
+    return engine.log.result(info.model_copy(update={"costs": costs.name, "notes": costs.notes}))
 
 
 def run_info(
-    source: str, workload: Workload, controller: OffloadController, *, hardware: str, costs: str = ""
+    source: str,
+    workload: Workload,
+    controller: OffloadController,
+    *,
+    hardware: str,
+    packages: Sequence[str] = ("numpy",),
 ) -> RunInfo:
-    """The header of a result, filled from what was run."""
+    """The header of a result, filled from what was run; ``packages`` are those whose versions matter to it."""
     header, budget = workload.trace.header, controller.budget
     pools = 1 if controller.system.scope == "global" else header.layers
     slots = pools * budget.slots
@@ -130,8 +140,7 @@ def run_info(
             "staging_slots": budget.staging,
             "trace_digest": workload.trace.digest,
             "workload": workload.describe(),
-            "costs": costs,
             "synthetic": header.synthetic,
-            "software": {name: version(name) for name in ("numpy", "simpy")},
+            "software": {name: version(name) for name in packages},
         }
     )

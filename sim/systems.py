@@ -83,15 +83,17 @@ def budget_for_memory(
 ) -> Budget:
     """The largest cache that fits ``memory_bytes`` beside ``outside_bytes`` (dense weights, KV cache, workspace).
 
-    Raises :class:`InputError`, with the least that would do, when not even one expert a layer fits.
+    Raises :class:`InputError`, with the least that would do, when not even one expert a layer (one in all, when
+    global) fits.
     """
     pools = 1 if scope == "global" else layers
     room = memory_bytes - outside_bytes - STAGING_SLOTS * expert_bytes
     slots = min(room // (pools * expert_bytes), experts * layers // pools)
     if slots < 1:
         least = outside_bytes + (pools + STAGING_SLOTS) * expert_bytes
+        experts_held = "one expert" if scope == "global" else "one expert a layer"
         raise InputError(
             f"gpu memory must be at least {least} bytes ({outside_bytes} outside the experts, {STAGING_SLOTS} staging "
-            f"slots and one expert a layer of {expert_bytes} bytes each), got {memory_bytes}"
+            f"slots and {experts_held} of {expert_bytes} bytes each), got {memory_bytes}"
         )
     return Budget(slots=slots)

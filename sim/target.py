@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from fractions import Fraction
 
 from sim.spec import BITS_PER_WEIGHT, ModelSpec, catalogue
 from sim.systems import Budget, budget_for_memory, parse_capacity
 from traces.errors import InputError
-from traces.schema import Trace
+from traces.schema import Trace, WeightDtype
 from traces.workload import Workload, lock_step
 
-DTYPE_OF = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-"""A trace header's dtypes, as the specs name them."""
+DTYPE_OF: dict[WeightDtype, str] = {
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "fp32": "fp32",
+    "bf16": "bf16",
+    "fp16": "fp16",
+}
+"""All dtypes that a trace's header may have, as the specs name them."""
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def model_for(trace: Trace, name: str | None = None, quant: str | None = None) -> ModelSpec:
-    """The model to run ``trace`` on: ``name`` of the catalogue, or the trace's own with the dtype that it ran in.
+    """The model to run ``trace`` on: ``name`` of the catalogue or a TOML file, or the trace's own with its dtype.
 
     ``quant`` is the format of the routed experts. Raises :class:`InputError` when the model is unknown.
     """
     if quant is not None and quant not in BITS_PER_WEIGHT:
         raise InputError(f"quant must be one of {', '.join(BITS_PER_WEIGHT)}, got {quant!r}")
     if name is None and trace.header.model not in catalogue.model_names():
-        raise InputError(f"model must be given for a trace of {trace.header.model!r}, which is not in the catalogue")
-    spec = catalogue.model(name or trace.header.model)
+        raise InputError(
+            f"model must be given (--model, a catalogue name or a TOML file) for a trace of {trace.header.model!r}, "
+            "which is not in the catalogue"
+        )
+    spec = catalogue.find_model(name or trace.header.model)
     if spec.name == trace.header.model:
         spec = spec.in_dtype(DTYPE_OF[trace.header.dtype])
     return spec if quant is None else spec.with_experts_in(quant)
@@ -76,8 +87,11 @@ def workload_of(trace: Trace, spec: ModelSpec, batch: int) -> tuple[Workload, in
 
 
 def parse_bytes(text: str, field: str) -> int:
-    """Reads a size such as ``8GiB``, ``500 MB`` or ``1048576``; GiB are powers of two, GB of ten."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    """Reads a size such as ``8GiB``, ``500 MB`` or ``1048576``; GiB are powers of two, GB of ten.
+
+    Raises :class:`InputError` for anything else, and for more than 18 digits.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _SIZES:
         raise InputError(f"{field} must be a size such as 8GiB or 500MB, got {text!r}")
-    return int(float(match[1]) * _SIZES[match[2].upper()])
+    return int(Fraction(match[1]) * _SIZES[match[2].upper()])

@@ -76,6 +76,15 @@ def test_a_failed_write_leaves_the_old_corpus_and_nothing_else(tmp_path: Path) -
     assert corpora.load_corpus(folder).manifest["domains"].keys() == {"d"}
 
 
+def test_a_corpus_that_is_written_again_keeps_other_files_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    documents = [("a", "one " * 80), ("b", "two " * 80)]
+    for name in ("old", "new"):
+        corpora.write_corpus(tmp_path, {name: documents}, [], seed=1)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == ["new.jsonl"]
+
+
 def make_archive(path: Path, files: dict[str, bytes]) -> None:
     with tarfile.open(path, "w:gz") as tar:
         for name, data in files.items():

@@ -59,3 +59,11 @@ def test_the_figures_of_the_readme_are_those_of_the_committed_results() -> None:
     ):
         (row,) = re.findall(rf"^\| {label}.*\| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE)
         assert [cell.replace(" %", "%") for cell in row] == [shown.format(one[key]) for one in (wide, small)], label
+
+
+def test_the_committed_results_hold_the_bars() -> None:
+    wide = json.loads((ROOT / "analysis" / "results" / "xeon-2core-cpu" / "fidelity.json").read_text(encoding="utf-8"))
+    assert wide["decisions_exact"]
+    assert wide["median_error"] <= 0.15
+    assert wide["skill"] <= 0.8
+    assert wide["repeats"] >= 7

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,9 @@ from real.models.card import render_card
 from real.models.kernels import SortedExperts, training_forward
 from real.models.optimiser import orthogonalise
 from real.models.tokens import SequenceSampler, train_tokenizer, training_stream
-from real.models.train import app, replace_folder, train_model
+from real.models.train import app, publish, train_model
 from real.models.trainer import Recipe, Trainer, expert_loads, make_model, rate_factor, router_losses, run_training
+from traces.errors import InputError
 
 SUBJECTS = ("the miller", "a ferryman", "our neighbour", "the old clerk", "her sister", "a tall sailor")
 VERBS = ("carries", "sells", "repairs", "counts", "forgets", "paints")
@@ -89,9 +89,6 @@ def weights_of(trainer: Trainer) -> torch.Tensor:
     return torch.cat([weight.detach().ravel() for weight in trainer.model.parameters()])
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
-
-
 def test_tokenizer_encodes_any_text_and_puts_bos_first(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "Žluťoučký kůň\n\tx = {1: '☃'}"
     ids = tokenizer(text)["input_ids"]
@@ -114,9 +111,6 @@ def test_sampler_visits_every_sequence_once_an_epoch_and_is_a_function_of_the_st
 def test_sampler_needs_a_batch_of_sequences() -> None:
     with pytest.raises(ValueError, match="stream must hold at least"):
         SequenceSampler(np.arange(100), length=32, batch_size=8, seed=0)
-
-
-# --- training passes --------------------------------------------------------------------------------------------------
 
 
 def test_training_forward_equals_the_transformers_model(trainer: Trainer) -> None:
@@ -167,9 +161,6 @@ def test_rate_warms_up_and_ends_at_zero() -> None:
     assert rate_factor(0.0, TOY) < rate_factor(0.01, TOY) < rate_factor(0.1, TOY) == 1.0
     assert rate_factor(0.9, TOY) == pytest.approx(0.1 / 0.7)
     assert rate_factor(1.0, TOY) == 0.0
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_falls_and_the_result_is_an_ordinary_checkpoint(toy_corpus: corpora.Corpus, tmp_path: Path) -> None:
@@ -258,26 +249,41 @@ def test_training_keeps_a_log_and_a_state_and_ends_with_its_budget(trainer: Trai
     assert trainer.share_done() == 1.0
 
 
-def test_a_folder_is_replaced_only_when_its_successor_is_complete(tmp_path: Path) -> None:
-    target = tmp_path / "model"
+def test_a_folder_that_holds_files_is_left_alone_unless_forced(toy_corpus: corpora.Corpus, tmp_path: Path) -> None:
+    out, work = tmp_path / "model", tmp_path / "work"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="out must be an empty or new folder"):
+        train_model(TOY, toy_corpus, out, work)
+    assert not work.exists()
+    refused = CliRunner().invoke(app, ["--out", str(out), "--steps", "1"])
+    assert refused.exit_code == 2
+    assert refused.output.startswith("error: out must be an empty or new folder (or give --force)")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "thesis.txt"]
 
-    def write(text: str) -> Callable[[Path], None]:
-        def fill(folder: Path) -> None:
-            (folder / "weights").write_text(text)
 
-        return fill
+def test_a_forced_model_replaces_its_own_files_only(
+    toy_corpus: corpora.Corpus, tokenizer: PreTrainedTokenizerFast, trainer: Trainer, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "README.md").write_text("an older card")
+    trainer.step()
+    stream = training_stream(tokenizer, toy_corpus.train, TOY.seed)
+    figures = publish(trainer, tokenizer, toy_corpus, stream, tmp_path, "command", force=True)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "README.md").read_text() == render_card(figures)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
-    def fail(folder: Path) -> None:
-        (folder / "weights").write_text("half")
-        raise KeyboardInterrupt
 
-    replace_folder(target, write("first"))
-    with pytest.raises(KeyboardInterrupt):
-        replace_folder(target, fail)
-    assert (target / "weights").read_text() == "first"
-    replace_folder(target, write("second"))
-    assert (target / "weights").read_text() == "second"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+def test_a_corpus_is_not_built_into_a_folder_of_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("real.models.train.build_corpus", pytest.fail)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "thesis.txt").write_text("mine")
+    command = ["--out", str(tmp_path / "model"), "--corpus", str(tmp_path / "texts"), "--workers", "1"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2
+    assert refused.output.startswith("error: out must be an empty or new folder")
+    assert (tmp_path / "texts" / "thesis.txt").read_text() == "mine"
 
 
 def test_the_command_line_explains_itself_and_refuses_a_budget_of_nothing(tmp_path: Path) -> None:
@@ -286,9 +292,6 @@ def test_the_command_line_explains_itself_and_refuses_a_budget_of_nothing(tmp_pa
     refused = runner.invoke(app, ["--out", str(tmp_path / "x"), "--minutes", "0"])
     assert refused.exit_code == 2
     assert list(tmp_path.iterdir()) == []
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def test_ngram_probabilities_sum_to_one_in_every_context() -> None:

@@ -20,6 +20,8 @@ from traces.stats import summary
 
 app = typer.Typer(help="Look at, check and generate routing traces.", no_args_is_help=True)
 
+MOST_SEED = 2**63 - 1
+
 TraceFile = Annotated[
     str, typer.Argument(metavar="TRACE", help="A trace file (.safetensors), or the name of one that ships.")
 ]
@@ -76,7 +78,7 @@ def check(
 def synth(
     generator: Annotated[str, typer.Argument(help=f"One of {', '.join(synthetic.GENERATORS)}.")],
     out: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
-    seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of all random draws.")] = 0,
     sequences: Annotated[int, typer.Option(help="Sequences.")] = 8,
     prompt_tokens: Annotated[int, typer.Option(help="Prefill tokens of a sequence.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Decode tokens of a sequence.")] = 64,

@@ -44,6 +44,14 @@ def digest(prompts: Iterable[Prompt]) -> str:
     return sha.hexdigest()
 
 
+def check_characters(text: str, field: str) -> None:
+    """Raises :class:`InputError` when ``text`` has half a surrogate pair in it, which no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{field} must hold whole characters, got {text[error.start]!r} at {error.start}") from error
+
+
 def _read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -71,4 +79,5 @@ def _parse_line(path: Path, number: int, line: str) -> Prompt:
         value = values.get(field)
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{place} {field} must be a text that is not empty, got {value!r}")
+        check_characters(value, f"{place} {field}")
     return Prompt(domain=values["domain"], text=values["text"])

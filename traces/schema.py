@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from traces.errors import InputError
 SCHEMA_VERSION = 1
 NOT_ROUTED = 65535
 """Value of ``expert_ids`` where a token was not sent to any expert (a dropped or padded place)."""
+
+WeightDtype = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+"""Types of weights that a header may name, long or short."""
 
 CHUNK_ELEMENTS = 4_000_000
 """Elements of a large array that a check looks at together: it bounds the memory that checking takes."""
@@ -53,7 +56,7 @@ class TraceHeader(BaseModel):
     experts: PositiveInt = Field(lt=NOT_ROUTED)
     top_k: PositiveInt
     expert_bytes: tuple[NonNegativeInt, ...] = Field(description="bytes of one expert, for each MoE layer")
-    dtype: str = Field(default="float32", description="dtype of the weights that expert_bytes counts")
+    dtype: WeightDtype = Field(default="float32", description="dtype of the weights that expert_bytes counts")
     made_by: str = Field(default="", description="command or generator with its parameters")
     synthetic: bool = False
     domains: tuple[str, ...] = Field(default=(), description="domain of each sequence id, in order; may be empty")

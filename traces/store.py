@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from traces.errors import unknown_name
+from traces.paths import fault_of_target
 from traces.schema import DTYPES, REQUIRED, Array, Trace, TraceError, TraceHeader
 
 HEADER_KEY = "moetwin_trace"
@@ -58,7 +59,10 @@ def _write_whole(tensors: dict[str, Array], metadata: dict[str, str], target: Pa
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Raises :class:`TraceError` when ``path`` is a folder, or is a file and ``force`` is not given."""
+    """Raises :class:`TraceError` when ``path`` is a folder, is a file and ``force`` is not given, or cannot be made."""
+    fault = fault_of_target(path)
+    if fault is not None:
+        raise TraceError(f"out must be a file that can be written, got {path}: {fault}")
     if path.is_dir():
         raise TraceError(f"out must be a file, got the folder {path}")
     if path.exists() and not force:
@@ -75,7 +79,7 @@ def load(path: str | os.PathLike[str], *, check: bool = True, verify: bool = Fal
     source = Path(path)
     layout, offset = _read_layout(source)
     try:
-        metadata = layout.pop("__metadata__", {})
+        metadata = layout.pop("__metadata__", None) or {}  # the library lets it be null
         header = _header(metadata)
         _check_tensors(layout)
         trace = Trace(header=header, **{name: _map(source, offset, entry, name) for name, entry in layout.items()})
@@ -92,7 +96,7 @@ def load(path: str | os.PathLike[str], *, check: bool = True, verify: bool = Fal
 def stored_digest(path: str | os.PathLike[str]) -> str | None:
     """The digest that was written into the file, or None; raises :class:`TraceError` when the file is malformed."""
     layout, _ = _read_layout(Path(path))
-    digest = layout.get("__metadata__", {}).get(DIGEST_KEY)
+    digest = (layout.get("__metadata__") or {}).get(DIGEST_KEY)
     return None if digest is None else str(digest)
 
 

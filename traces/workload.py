@@ -163,11 +163,6 @@ def routings(trace: Trace, step: Step) -> list[Routing]:
     return _many_tokens(trace.expert_ids[step.rows], trace.header.experts)
 
 
-def layer_routing(trace: Trace, rows: Array, layer: int) -> Routing:
-    """The routing of one layer for the tokens in ``rows``."""
-    return _many_tokens(trace.expert_ids[rows, layer][:, None], trace.header.experts)[0]
-
-
 def _one_token(chosen: list[int]) -> Routing:
     chosen.sort()
     while chosen and chosen[-1] == NOT_ROUTED:

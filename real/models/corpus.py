@@ -16,7 +16,6 @@ import html.parser
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
+
+from sim.results import write_folder
 
 DOMAIN_CAP_BYTES = 6_000_000
 HELDOUT_SHARE = 0.05
@@ -64,9 +65,6 @@ def default_corpus_dir() -> Path:
     """Give the folder of the corpus in the user's cache: ``$XDG_CACHE_HOME/moetwin/corpus`` or ``~/.cache/...``."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "moetwin" / "corpus"
-
-
-# --- cleaning ------------------------------------------------------------------------------------------------------
 
 
 def clean_text(text: str) -> str:
@@ -150,9 +148,6 @@ def dictionary_entries(text: str) -> list[str]:
     return [entry.strip("\n") for entry in entries if entry.strip() and not entry.lstrip().startswith("00-database")]
 
 
-# --- readers: files of an unpacked package become documents --------------------------------------------------------
-
-
 def _read(path: Path) -> str:
     data = gzip.decompress(path.read_bytes()) if path.suffix in {".gz", ".dz"} else path.read_bytes()
     return data.decode("utf-8", errors="ignore")
@@ -209,9 +204,6 @@ SOURCES: tuple[Source, ...] = (
 )
 
 
-# --- fetching ------------------------------------------------------------------------------------------------------
-
-
 def _run(command: list[str], cwd: Path) -> None:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -247,9 +239,6 @@ def _fetch(source: Source, folder: Path) -> tuple[Path, str, str]:
     name = archive.name.removeprefix(source.package)
     version = re.search(r"\d[\w.+~-]*?(?=_all|_amd64|_arm64|\.tgz|\.tar|\.deb)", name)
     return root, version.group() if version else archive.name, hashlib.sha256(archive.read_bytes()).hexdigest()
-
-
-# --- selection -----------------------------------------------------------------------------------------------------
 
 
 def _hash_order(identifier: str, seed: int) -> str:
@@ -310,9 +299,6 @@ def split_documents(
     return [document for document in order if document[0] not in names], heldout
 
 
-# --- reading and writing a corpus folder ---------------------------------------------------------------------------
-
-
 def _write_jsonl(path: Path, documents: list[Document]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in documents)
@@ -329,12 +315,11 @@ def write_corpus(
 ) -> dict[str, Any]:
     """Write the documents of each domain as a corpus folder, under its final name only when complete.
 
-    Returns the manifest. An existing folder of that name is replaced.
+    Returns the manifest. A corpus in that folder is replaced; other files in it stay.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        manifest: dict[str, Any] = {"version": 1, "seed": seed, "sources": sources, "domains": {}}
+    manifest: dict[str, Any] = {"version": 1, "seed": seed, "sources": sources, "domains": {}}
+
+    def fill(partial: Path) -> None:
         for domain, documents in domains.items():
             entry: dict[str, Any] = {}
             for split, part in zip(("train", "heldout"), split_documents(documents, seed, share), strict=True):
@@ -343,11 +328,8 @@ def write_corpus(
                 entry[split] = {"documents": len(part), "text_bytes": size_bytes, "sha256": digest}
             manifest["domains"][domain] = entry
         (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    write_folder(folder, fill, force=True)
     return manifest
 
 

@@ -64,9 +64,6 @@ def _lookup(table: tuple[IntArray, IntArray], keys: IntArray) -> FloatArray:
     return np.where(table[0][position] == keys, table[1][position], 0).astype(np.float64)
 
 
-# --- routing -------------------------------------------------------------------------------------------------------
-
-
 def lru_hit_ratio(choices: IntArray, num_experts: int, slots: int) -> float:
     """Give the share of assignments found in a least-recently-used cache of `slots` experts, token by token.
 
@@ -126,9 +123,6 @@ def routing_figures(choices: IntArray, num_experts: int, seed: int, lru_tokens: 
         figures[f"lru_{percent}_shuffled"] = float(np.mean(shuffled_ratios))
         figures[f"lru_{percent}_per_layer"] = [a - b for a, b in zip(ordered_ratios, shuffled_ratios, strict=True)]
     return figures
-
-
-# --- the model on held-out text ------------------------------------------------------------------------------------
 
 
 @dataclass

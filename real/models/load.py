@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,11 +90,32 @@ def load_spec(
     """
     family = families.family_for(spec) if model_type is None else families.family(model_type)
     config = family.config(spec)
+    _check_host_memory(spec.in_dtype(dtype) if dtype in DTYPES else spec)
     with _quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=_torch_dtype(dtype), attn_implementation="sdpa")
     layers = family.moe_layers(model)
     _fill(model, [layer.experts for layer in layers], seed, with_experts)
     return _finish(model, None, spec.in_dtype(dtype), family, f"random-{seed}")
+
+
+def _check_host_memory(spec: ModelSpec) -> None:
+    """Raises :class:`InputError` when all weights of ``spec`` together exceed the host's free memory."""
+    needed = spec.dense_bytes + spec.moe_layers * spec.experts * spec.expert_bytes
+    free = _free_host_bytes()
+    if needed > free:
+        raise InputError(
+            f"model must fit the host's free memory ({free / 1e9:.1f} GB), "
+            f"got {spec.name} with {needed / 1e9:.1f} GB of {spec.dtype} weights"
+        )
+
+
+def _free_host_bytes() -> int:
+    """Memory that programs can still get; that of cached files counts where the system tells it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _load_checkpoint(folder: Path, name: str, dtype: str) -> LoadedModel:

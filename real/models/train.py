@@ -6,11 +6,9 @@ One command rebuilds it: corpus, tokenizer, training within a wall-clock budget,
 from __future__ import annotations
 
 import json
-import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,26 +24,10 @@ from real.models.evaluate import evaluate
 from real.models.kernels import compile_pieces, keep_heap_memory
 from real.models.tokens import SequenceSampler, TokenArray, train_tokenizer, training_stream
 from real.models.trainer import STATE_NAME, Recipe, Trainer, make_model, run_training
+from sim.results import check_folder, write_folder
+from traces.errors import InputError
 
 LRU_TOKENS = 4096
-
-
-def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a new folder beside `target` and put it in target's place only when it is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        fill(partial)
-        partial.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.replace(target, old)
-            os.replace(partial, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_checkpoint(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -59,8 +41,9 @@ def write_checkpoint(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerF
 
 
 def _prepare_corpus(folder: Path) -> Corpus:
-    """Load the corpus in `folder`; build it first when it is missing."""
+    """Load the corpus in `folder`; build it first when it is missing, in a folder without other files."""
     if not (folder / MANIFEST_NAME).exists():
+        check_folder(folder, force=False)
         build_corpus(folder)
     return load_corpus(folder)
 
@@ -106,7 +89,14 @@ def collect_figures(trainer: Trainer, corpus: Corpus, stream_tokens: int, comman
 
 
 def publish(
-    trainer: Trainer, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, stream: TokenArray, out: Path, command: str
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    stream: TokenArray,
+    out: Path,
+    command: str,
+    *,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write checkpoint, figures and card to `out`, evaluated on the stored weights; return the figures."""
     figures = collect_figures(trainer, corpus, len(stream), command)
@@ -122,7 +112,7 @@ def publish(
         (folder / "training.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(render_card(figures), encoding="utf-8")
 
-    replace_folder(out, fill)
+    write_folder(out, fill, force=force)
     return figures
 
 
@@ -135,11 +125,15 @@ def train_model(
     workers: int = 1,
     resume: bool = False,
     command: str = "",
+    force: bool = False,
 ) -> dict[str, Any]:
     """Train by `recipe` on `corpus` and write the finished model to `out`; `work` keeps the log and the saved state.
 
-    With `resume`, goes on from the state in `work`; raises FileNotFoundError when there is none.
+    With `resume`, goes on from the state in `work`; raises FileNotFoundError when there is none. With `force`, writes
+    into a folder that holds files, and replaces those of the same name; without it, raises InputError for such an
+    `out` before the training begins.
     """
+    check_folder(out, force=force)
     domains = sorted(corpus.train)
     texts = (text for name in domains for text in corpus.train[name])
     tokenizer = train_tokenizer(texts, recipe.vocab_size, recipe.max_positions)
@@ -151,7 +145,18 @@ def train_model(
     if workers > 1:
         trainer.warm_up()
     run_training(trainer, work)
-    return publish(trainer, tokenizer, corpus, stream, out, command or _command(recipe, compiled=False))
+    repeat = command or _command(recipe, compiled=False)
+    return publish(trainer, tokenizer, corpus, stream, out, repeat, force=force)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turns an InputError into one line on stderr and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -159,7 +164,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the finished model; replaced only when all is done.")],
+    out: Annotated[Path, typer.Option(help="Folder of the finished model; written only when all is done.")],
     minutes: Annotated[float, typer.Option(help="Wall-clock budget; the schedule ends with it.")] = 60.0,
     steps: Annotated[int, typer.Option(help="Fixed number of steps instead (0: use --minutes).")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of weights, document order and batches.")] = Recipe.seed,
@@ -168,6 +173,7 @@ def main(
     workers: Annotated[int, typer.Option(help="Parts of a batch that run side by side, one thread each.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the saved state in the work folder.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile elementwise code (needs g++).")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that exists.")] = False,
 ) -> None:
     """Train the small model, evaluate it on held-out text and write checkpoint, figures and model card.
 
@@ -181,6 +187,8 @@ def main(
     """
     if minutes <= 0:
         raise typer.BadParameter(f"minutes must be positive, got {minutes}")
+    with _user_errors():
+        check_folder(out, force=force)
     keep_heap_memory()
     if workers > 1:
         torch.set_num_threads(1)
@@ -188,8 +196,10 @@ def main(
         compile_pieces()
     recipe = Recipe(minutes=minutes, steps=steps, seed=seed)
     folder = work or out.with_name(f"{out.name}-work")
-    texts = _prepare_corpus(corpus or default_corpus_dir())
-    train_model(recipe, texts, out, folder, workers=workers, resume=resume, command=_command(recipe, compiled))
+    repeat = _command(recipe, compiled)
+    with _user_errors():
+        texts = _prepare_corpus(corpus or default_corpus_dir())
+        train_model(recipe, texts, out, folder, workers=workers, resume=resume, command=repeat, force=force)
     typer.echo(f"model, figures and card are in {out}")
 
 

@@ -18,6 +18,8 @@ from traces.errors import InputError, unknown_name
 Part = TypeVar("Part", GpuSpec, CpuSpec, LinkSpec)
 
 DEFAULT_HOST = "python"
+REFERENCE_MACHINE = "rtx4090-epyc9374f"
+"""The machine that is meant where a user names none."""
 PART_KINDS = ("gpu", "cpu", "link", "host")
 """The parts of a machine, in the order in which a composed name gives them."""
 
@@ -37,6 +39,19 @@ def model(name: str) -> ModelSpec:
     if name not in table:
         raise unknown_name("model", name, table)
     return ModelSpec(name=name, **table[name])
+
+
+def find_model(name: str) -> ModelSpec:
+    """The catalogue's model called ``name``, or, when it ends in ``.toml``, the one that this file describes.
+
+    The file holds the fields of :class:`ModelSpec` at its top level. Raises :class:`InputError`.
+    """
+    if not name.endswith(".toml"):
+        return model(name)
+    try:
+        return ModelSpec.model_validate(_read_toml(Path(name), "model"))
+    except ValidationError as error:
+        raise CatalogueError(f"{name}: {first_fault(error)}") from error
 
 
 def hardware_names() -> list[str]:
@@ -72,15 +87,18 @@ def load_hardware_file(path: Path) -> HardwareSpec:
     Raises :class:`CatalogueError` that names the file and what is wrong with it.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CatalogueError(f"hardware file must be readable, got {path} ({error.strerror})") from error
-    except ValueError as error:
-        raise CatalogueError(f"hardware file must be TOML, got {path} ({error})") from error
-    try:
-        return HardwareSpec.model_validate(table)
+        return HardwareSpec.model_validate(_read_toml(path, "hardware"))
     except ValidationError as error:
         raise CatalogueError(f"{path}: {first_fault(error)}") from error
+
+
+def _read_toml(path: Path, kind: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CatalogueError(f"{kind} file must be readable, got {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise CatalogueError(f"{kind} file must be TOML, got {path} ({error})") from error
 
 
 def first_fault(error: ValidationError) -> str:

@@ -35,10 +35,10 @@ class _Table(BaseModel):
 
 
 class Point(_Table):
-    """Seconds of one piece of work: ``best_s`` is the least of the repeats, the value that predictions use."""
+    """Seconds of one piece of work: ``value_s`` is what predictions use, median and p90 show the spread."""
 
     size: NonNegativeInt = Field(description="tokens of an expert, bytes of a copy, lanes of the head")
-    best_s: NonNegativeFloat
+    value_s: NonNegativeFloat
     median_s: NonNegativeFloat
     p90_s: NonNegativeFloat
     repeats: PositiveInt
@@ -82,6 +82,7 @@ class Profile(_Table):
     head: tuple[Point, ...] = Field(min_length=1)
     lookahead_s: NonNegativeFloat
     slowdowns: tuple[Slowdown, ...] = ()
+    notes: tuple[str, ...] = Field(default=(), description="what is doubtful about these numbers")
     token_s: NonNegativeFloat = Field(description="mean measured seconds of a decode token in the calibration runs")
 
     @model_validator(mode="after")

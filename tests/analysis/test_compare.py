@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 
-import pandas as pd
 import pytest
 
 from analysis.compare import compare
@@ -76,6 +75,67 @@ def test_overlapping_modes_do_not_promise_the_order(make_run: Make) -> None:
     assert decisions.operations is not None
     assert not decisions.operations.exact
     assert decisions.exact
+
+
+def pair(make_run: Make, **system: object) -> list[RunResult]:
+    return [make_run(source, system={"evict": "lru", **system}) for source in ("measured", "simulated")]
+
+
+@pytest.mark.parametrize(
+    ("system", "promised"),
+    [
+        ({"prefetch": "next-router", "synchronous": False}, False),
+        ({"prefetch": "next-router", "synchronous": True}, True),
+        ({"prefetch": "none", "synchronous": False}, True),
+        ({"prefetch": "next-router", "mode": "synchronous"}, False),
+    ],
+)
+def test_counts_are_promised_unless_copies_are_made_ahead(
+    make_run: Make, system: dict[str, object], promised: bool
+) -> None:
+    measured, simulated = pair(make_run, **system)
+    simulated.layers.loc[3, "hits_union"] = 1
+    decisions = compare_decisions(measured, simulated)
+    assert decisions.promised is promised
+    assert decisions.exact is not promised
+    assert not decisions.equal
+    check = next(check for check in decisions.checks if check.column == "hits_union")
+    assert (check.measured, check.simulated, check.promised) == (8, 7, promised)
+
+
+@pytest.mark.parametrize("column", ["assignments", "union"])
+def test_what_the_router_asked_for_is_always_promised(make_run: Make, column: str) -> None:
+    measured, simulated = pair(make_run, prefetch="next-router")
+    simulated.layers.loc[2, "hits_union"] = 0
+    simulated.layers.loc[3, column] = 5
+    decisions = compare_decisions(measured, simulated)
+    assert not decisions.exact
+    assert decisions.first_mismatch == f"step 1, layer 1: {column} is 2 measured, 5 simulated"
+
+
+def test_every_repeat_keeps_the_promise(measured: RunResult, simulated: RunResult, slower: RunResult) -> None:
+    assert compare(measured, simulated, repeats=[slower]).decisions.exact
+    slower.layers.loc[[3, 5], "bytes"] = 7
+    measured.layers.loc[5, "bytes"] = 8
+    decisions = compare(measured, simulated, repeats=[slower]).decisions
+    check = next(check for check in decisions.checks if check.column == "bytes")
+    assert not decisions.exact
+    assert (check.rows, check.mismatching) == (8, 2)
+    assert check.first == "step 2, layer 1: bytes is 8 measured, 100 simulated"
+    measured.layers.loc[5, "bytes"] = 100
+    decisions = compare(measured, simulated, repeats=[slower]).decisions
+    assert decisions.first_mismatch == "step 1, layer 1, repeat 2: bytes is 7 measured, 0 simulated"
+
+
+def test_repeats_may_differ_where_nothing_is_promised(make_run: Make) -> None:
+    measured, simulated = pair(make_run, prefetch="next-router")
+    other, _ = pair(make_run, prefetch="next-router")
+    other.layers.loc[3, "hits_union"] = 1
+    decisions = compare_decisions(measured, simulated, [other])
+    assert decisions.exact
+    assert decisions.equal
+    other.layers.loc[3, "union"] = 1
+    assert not compare_decisions(measured, simulated, [other]).exact
 
 
 def test_runs_without_a_log_are_compared_by_counts(measured: RunResult, simulated: RunResult) -> None:
@@ -209,9 +269,9 @@ def test_a_clock_that_stood_still_is_refused(measured: RunResult, simulated: Run
 
 def test_to_dict_is_json(measured: RunResult, simulated: RunResult) -> None:
     outcome = compare(measured, simulated)
-    told = json.loads(json.dumps(outcome.to_dict(with_tokens=True), allow_nan=False))
+    told = json.loads(json.dumps(outcome.to_dict(), allow_nan=False))
     assert told["decisions"]["exact"] is True
     assert told["noise"] is None
     assert told["error"]["median"] == pytest.approx(0.1)
-    assert pd.DataFrame(told["tokens"])["error"].to_numpy() == pytest.approx([0.1, 0.0, -0.25])
-    assert "tokens" not in outcome.to_dict()
+    assert told["decisions"]["promised"] is True
+    assert "tokens" not in told

@@ -92,3 +92,12 @@ def test_runs_that_do_not_belong_together_write_nothing(folders: tuple[Path, Pat
 
 def test_help_has_an_example() -> None:
     assert "moetwin compare runs/measured runs/simulated" in run("--help")
+
+
+@pytest.mark.parametrize("field", ["out", "perfetto", "markdown"])
+def test_nothing_is_written_into_a_run_that_is_read(tmp_path: Path, field: str) -> None:
+    run = tmp_path / "runs" / "measured"
+    run.mkdir(parents=True)
+    with pytest.raises(InputError, match=f"{field} must lie outside the runs that are compared"):
+        cli._spare_inputs({field: run / "run.json"}, [run, tmp_path / "other"])
+    cli._spare_inputs({field: tmp_path / "runs" / "report.html"}, [run])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from analysis import metrics
-from analysis.frames import COMPONENTS, requests_frame, step_frame
+from analysis.frames import requests_frame, step_frame
 from sim.results import RunResult
 from traces.errors import InputError
 
@@ -63,14 +63,45 @@ def test_lanes_weigh_the_time_per_token(measured: RunResult) -> None:
     assert summary.tpot_p50_s == pytest.approx(0.012)
 
 
-def test_component_shares(measured: RunResult) -> None:
-    steps = step_frame(measured).iloc[1:]
-    shares = metrics.component_shares(steps)
-    assert shares["dense_s"] == pytest.approx(6 / 30)
-    assert shares["gpu_experts_s"] == pytest.approx(12 / 30)
-    assert shares["other_s"] == pytest.approx(0.5 / 30)
-    assert list(shares) == list(COMPONENTS)
-    assert sum(shares.values()) == pytest.approx(1.0)
+SAME_FIGURES = {
+    "decode_tokens": "tokens",
+    "tokens_per_s": "tokens_per_s",
+    "time_per_output_token_p50_s": "tpot_p50_s",
+    "time_per_output_token_p99_s": "tpot_p99_s",
+    "time_to_first_token_p50_s": "ttft_s",
+    "hit_ratio_union": "hit_ratio_union",
+    "hit_ratio_assignments": "hit_ratio_assignments",
+    "demand_bytes_per_token": "bytes_per_token",
+    "stall_share": "stall_share",
+}
+"""Figures that a run's headline and its summary both have, by their names there."""
+
+
+def test_headline_of_a_batch_is_the_summary(measured: RunResult) -> None:
+    # step 2 has four lanes, step 3 two: dropping or repeating a step would move every quantile and rate
+    extra = [measured.tokens[measured.tokens["step"] == 2].assign(sequence=lane) for lane in (1, 2, 3)]
+    extra.append(measured.tokens[measured.tokens["step"] == 3].assign(sequence=1))
+    measured.tokens = pd.concat([measured.tokens, *extra], ignore_index=True)
+    measured.layers.loc[4, ["hits_assignments", "assignments"]] = [3, 8]
+    measured.requests = pd.concat([measured.requests, measured.requests.assign(first_token_s=0.03)], ignore_index=True)
+    summary = metrics.summarise_run(step_frame(measured), requests_frame(measured), measured.events)
+    headline = measured.headline()
+    for name, field in SAME_FIGURES.items():
+        assert headline[name] == pytest.approx(getattr(summary, field)), name
+    assert headline["decode_tokens"] == 7
+    assert headline["time_per_output_token_p50_s"] == pytest.approx(0.012)
+    assert headline["tokens_per_s"] == pytest.approx(7 / 0.030)
+    assert headline["stall_share"] == pytest.approx(5.5 / 30)
+    assert headline["hit_ratio_union"] != headline["hit_ratio_assignments"]
+    assert headline["late_hits"] == pytest.approx(summary.late_hit_ratio * 12)
+
+
+def test_headline_without_decoding_has_no_figures(measured: RunResult) -> None:
+    measured.tokens, measured.layers = measured.tokens.iloc[:1], measured.layers.iloc[:2]
+    headline = measured.headline()
+    assert headline["decode_tokens"] == 0
+    ratios = [name for name in SAME_FIGURES if name not in ("decode_tokens", "time_to_first_token_p50_s")]
+    assert [headline[name] for name in ratios] == [None] * len(ratios)
 
 
 def test_overlapping_work_is_counted_once() -> None:
@@ -125,6 +156,18 @@ def test_errors_have_no_unit(measured: list[float], unit: float) -> None:
 
 def test_skill() -> None:
     assert metrics.skill([10.0, 12.0, 8.0], [11.0, 12.0, 6.0], 10.0) == pytest.approx(0.1 / (1 / 6))
+
+
+def test_skill_against_each_systems_own_mean() -> None:
+    # the constants miss by 2/10, 2/12 and 4/8
+    assert metrics.skill([10.0, 12.0, 8.0], [11.0, 12.0, 6.0], [12.0, 10.0, 12.0]) == pytest.approx(0.1 / 0.2)
+    assert metrics.skill([10.0, 12.0, 8.0], [11.0, 12.0, 6.0], [10.0] * 3) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("means", [[10.0], [10.0, 10.0], [[10.0] * 3]])
+def test_skill_needs_one_mean_or_one_a_token(means: list[float]) -> None:
+    with pytest.raises(InputError, match=r"calibration_mean_s must be one number or one a token \(3\), got "):
+        metrics.skill([10.0, 12.0, 8.0], [11.0, 12.0, 6.0], means)
 
 
 def test_skill_against_a_perfect_constant_is_not_a_number() -> None:

@@ -110,9 +110,42 @@ def test_page_says_where_decisions_differ(measured: RunResult, simulated: RunRes
     simulated.layers.loc[3, "misses"] = 5
     outcome = compare(measured, simulated)
     page = report.render_report(comparison=outcome, measured=measured, simulated=simulated, facts={})
-    assert "decisions differ" in page
+    assert '<span class="badge bad">decisions differ</span>' in page
     assert "1 of 8 rows differ" in page
     assert "First difference: step 1, layer 1: misses is 0 measured, 5 simulated." in page
+
+
+def overlapped(make_run: Callable[..., RunResult], prefetch: str) -> list[RunResult]:
+    system = {"evict": "lru", "prefetch": prefetch, "synchronous": False}
+    return [make_run(source, system=system) for source in ("measured", "simulated")]
+
+
+def test_page_does_not_judge_what_arrival_times_decide(make_run: Callable[..., RunResult]) -> None:
+    ours, theirs = overlapped(make_run, "next-router")
+    theirs.layers.loc[3, ["hits_union", "late_hits"]] = [1, 1]
+    outcome = compare(ours, theirs)
+    page = report.render_report(comparison=outcome, measured=ours, simulated=theirs, facts={})
+    assert '<span class="badge neutral">equal where promised</span>' in page
+    assert page.count('<span class="badge neutral">not promised: arrival times decide</span>') == 2
+    assert '<td>hits (distinct experts)</td><td class="n">8</td><td class="n">7</td>' in page
+    assert "decided differently" not in report.verdict(outcome)
+    assert "with 8 hits measured and 7 simulated (not promised: arrival times decide)" in report.verdict(outcome)
+    assert any("Prefetched copies overlap" in limit for limit in report.limits(outcome))
+
+
+def test_other_operations_are_not_other_counts(measured: RunResult, simulated: RunResult) -> None:
+    simulated.operations.loc[2, "slot"] = 3
+    told = report.verdict(compare(measured, simulated))
+    assert "The clocks executed different operations (entry 2 (step 0, layer 1): slot=2 measured" in told
+
+
+def test_without_prefetch_only_the_order_is_not_promised(make_run: Callable[..., RunResult]) -> None:
+    ours, theirs = overlapped(make_run, "none")
+    limits = " ".join(report.limits(compare(ours, theirs)))
+    assert "the order of operations is not promised" in limits
+    assert "Prefetched copies" not in limits
+    theirs.layers.loc[3, "hits_union"] = 1
+    assert "decided differently in 1 of 8 layer-steps" in report.verdict(compare(ours, theirs))
 
 
 def test_facts_replace_the_memory_card(comparison: Comparison, measured: RunResult, simulated: RunResult) -> None:
@@ -138,15 +171,26 @@ def test_limits_say_what_is_missing(
     assert "made once" in once
     assert "Skill is not given" in once
     assert "Copies overlap" not in once
-    system = {"evict": "lru"}
+    system = {"evict": "lru", "prefetch": "next-router"}
     runs = [
         make_run(source, system=system, synthetic=True, notes=["Cold start."]) for source in ("measured", "simulated")
     ]
-    overlapped = report.limits(compare(runs[0], runs[1], calibration_mean_s=0.01))
-    assert overlapped.count("Cold start.") == 1
-    assert any("Copies overlap" in limit for limit in overlapped)
-    assert any("synthetic" in limit for limit in overlapped)
-    assert not any("Skill" in limit for limit in overlapped)
+    found = report.limits(compare(runs[0], runs[1], calibration_mean_s=0.01))
+    assert found[-1] == "Both runs: Cold start."
+    assert sum("Cold start." in limit for limit in found) == 1
+    assert any("copies overlap" in limit for limit in found)
+    assert any("synthetic" in limit for limit in found)
+    assert not any("Skill" in limit for limit in found)
+
+
+def test_remarks_name_their_run(make_run: Callable[..., RunResult]) -> None:
+    asked = "dense was asked for 60, measured from 1 to 48"
+    ours, theirs = make_run("measured", notes=["Cold start."]), make_run("simulated", notes=[asked])
+    outcome = compare(ours, theirs)
+    page = report.render_report(comparison=outcome, measured=ours, simulated=theirs, facts={})
+    assert f"<li>Simulated run: {asked}</li>" in page
+    assert "<li>Measured run: Cold start.</li>" in page
+    assert report.render_markdown(outcome).endswith(f"\n\n- Measured run: Cold start.\n- Simulated run: {asked}\n")
 
 
 def test_write_report_keeps_what_exists(
@@ -173,20 +217,20 @@ def test_interrupted_writing_leaves_the_old_file_alone(tmp_path: Path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_an_impossible_place_is_the_users_error(tmp_path: Path, comparison: Comparison) -> None:
+def test_an_impossible_place_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here", encoding="utf-8")
     with pytest.raises(InputError, match="markdown must be a place that can be written"):
-        report.write_markdown(tmp_path / "file" / "out.md", comparison)
+        write_text(tmp_path / "file" / "out.md", "new", field="markdown")
     with pytest.raises(InputError, match="markdown must be a file name, got the folder"):
-        report.write_markdown(tmp_path, comparison)
+        write_text(tmp_path, "new", field="markdown")
 
 
-def test_markdown(comparison: Comparison, tmp_path: Path) -> None:
-    path = report.write_markdown(tmp_path / "out.md", comparison)
-    lines = path.read_text(encoding="utf-8").splitlines()
+def test_markdown(comparison: Comparison) -> None:
+    lines = report.render_markdown(comparison).splitlines()
     assert lines[0] == "**tiny-moe**, evict lru, place fetch, scope layer, synchronous."
     assert "| whole token | 10.0 ms | 9.67 ms | \N{MINUS SIGN}0.333 ms | \N{MINUS SIGN}3.3% |" in lines
     assert "| median | 10.0% | 10.0% |" in lines
+    assert not any(line.startswith("- ") for line in lines)
 
 
 def test_typical_step_is_nearest_to_the_median(measured: RunResult, simulated: RunResult) -> None:
@@ -235,3 +279,12 @@ def test_typical_layer(measured: RunResult) -> None:
 )
 def test_numbers_as_people_read_them(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_a_noisy_machine_and_a_single_run_are_said(make_run: Callable[..., RunResult]) -> None:
+    measured, simulated = make_run("measured"), make_run("simulated")
+    assert "It was measured once" in report.verdict(compare(measured, simulated))
+    slow = make_run("measured")
+    for table in (slow.tokens, slow.layers, slow.events):
+        table[["start_s", "end_s"]] *= 2
+    assert "too busy to judge" in report.verdict(compare(measured, simulated, repeats=[slow]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from tests.real.running import COSTS, DEVICES, PROMPTS, follow, machine_on, own_
 from traces.errors import InputError
 from traces.schema import Phase, Trace
 from traces.synthetic import Sizes, zipf
-from traces.workload import lock_step, one_at_a_time
+from traces.workload import Workload, lock_step, one_at_a_time
 
 SYSTEMS: list[dict[str, Any]] = [
     {},
@@ -268,3 +269,17 @@ def test_no_prompts_an_empty_prompt_and_no_batch_are_refused() -> None:
         with pytest.raises(InputError, match="max_new_tokens must be at least 1, got 0"):
             decode(machine, PROMPTS, *given, max_new_tokens=0)
         assert untouched(machine)
+
+
+def test_a_replay_of_some_sequences_keeps_their_numbers(machine: Machine) -> None:
+    spec = machine.loaded.spec
+    sizes = Sizes(
+        sequences=3, prompt_tokens=4, new_tokens=2, layers=spec.moe_layers, experts=spec.experts, top_k=spec.top_k,
+        expert_bytes=spec.expert_bytes,
+    )  # fmt: skip
+    every = one_at_a_time(zipf(np.random.default_rng(3), sizes))
+    kept = [step for step in every if step.sequences != (1,)]
+    some = Workload(every.trace, 1, [replace(step, index=index) for index, step in enumerate(kept)])
+    run = replay(machine, some, SystemSpec(), Budget(slots=2), COSTS)
+    assert run.requests.sequence.tolist() == [0, 2]
+    assert run.tokens.sequence.tolist() == [step.sequences[0] for step in kept]

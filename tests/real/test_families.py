@@ -243,3 +243,9 @@ def test_shipped_model_loads_and_decodes() -> None:
     assert loaded.tokenizer is not None
     prompt = list(loaded.tokenizer("The history of the")["input_ids"])
     assert len(tiny.greedy(loaded, [prompt], 3)[0]) == 3
+
+
+def test_a_model_that_does_not_fit_the_host_is_refused_before_it_is_built() -> None:
+    spec = catalogue.model("mixtral-8x22b")
+    with pytest.raises(InputError, match=r"model must fit the host's free memory .* GB of bf16 weights"):
+        load_spec(spec.model_copy(update={"layers": 5600, "moe_layers": 5600}), dtype="bf16")

@@ -15,7 +15,7 @@ from tests.sim.hand import HandCosts, host
 from traces.synthetic import Sizes, zipf
 from traces.workload import one_at_a_time
 
-OTHERWISE = Point(size=1, best_s=9.0, median_s=9.0, p90_s=9.0, repeats=1)
+OTHERWISE = Point(size=1, value_s=9.0, median_s=9.0, p90_s=9.0, repeats=1)
 
 
 def run(place: str = "fetch", **costs: object) -> RunResult:
@@ -63,7 +63,7 @@ def test_dense_and_head_are_recovered() -> None:
     (point,) = [point for point in fit.dense([[result]]) if point.tokens == 1]
     assert point.base_s + point.per_context_s * point.most_context == pytest.approx(0.75)
     (head,) = fit.head([[result]])
-    assert (head.size, head.best_s) == (1, pytest.approx(0.5))
+    assert (head.size, head.value_s) == (1, pytest.approx(0.5))
 
 
 def test_a_step_is_taken_from_its_fastest_repeat() -> None:
@@ -77,10 +77,10 @@ def test_a_step_is_taken_from_its_fastest_repeat() -> None:
 def test_no_rows_give_the_piece_measured_alone() -> None:
     empty = singles(run(), "cpu")
     assert empty.empty
-    assert fit.fit(empty, OTHERWISE).base_s == OTHERWISE.best_s
+    assert fit.fit(empty, OTHERWISE).base_s == OTHERWISE.value_s
 
 
 def test_sizes_are_moved_together_and_never_fall() -> None:
-    points = [Point(size=size, best_s=s, median_s=s, p90_s=s, repeats=3) for size, s in ((1, 4.0), (2, 3.5), (4, 6.0))]
+    points = [Point(size=size, value_s=s, median_s=s, p90_s=s, repeats=3) for size, s in ((1, 4.0), (2, 3.5), (4, 6.0))]
     base = fit.Fit(5.0, {}, np.array([5.0]))
-    assert [point.best_s for point in fit.shifted(points, base)] == [5.0, 5.0, 7.0]
+    assert [point.value_s for point in fit.shifted(points, base)] == [5.0, 5.0, 7.0]

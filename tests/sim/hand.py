@@ -43,6 +43,7 @@ class HandCosts:
     slow: Mapping[tuple[str, str], float] = field(default_factory=dict)
     host: HostSpec = field(default_factory=host)
     name: str = "by hand"
+    notes: list[str] = field(default_factory=list)
 
     def dense_s(self, tokens: int, context: int) -> float:
         return self.dense

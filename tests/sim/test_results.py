@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +82,138 @@ def test_a_file_in_the_way_is_kept(result: RunResult, tmp_path: Path, force: boo
         check_folder(tmp_path / "run", force=force)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+@pytest.mark.parametrize(("error", "seen"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError, ResultError)])
+@pytest.mark.parametrize("folder", ["run", "."])
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, folder: str, error: type[BaseException], seen: type[BaseException]
+) -> None:
     def write(target: Path) -> None:
         (target / "run.json").write_text("{")
         raise error
 
-    with pytest.raises(error):
-        write_folder(tmp_path / "run", write)
+    with pytest.raises(seen):
+        write_folder(tmp_path / folder, write)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_an_error_while_writing_is_told_with_the_folder(tmp_path: Path) -> None:
+    def write(target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ResultError, match=r"out must be a folder that can be written, got .*run: No space left"):
+        write_folder(tmp_path / "run", write)
+
+
+def test_a_draft_carries_the_process_and_a_stale_one_is_no_obstacle(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def write(target: Path) -> None:
+        seen.append(target.name)
+        assert [*target.iterdir()] == []
+        (target / "a").write_text("new")
+
+    for stale in (tmp_path / f".run.{os.getpid()}.partial", tmp_path / "run" / f".run.{os.getpid()}.partial"):
+        stale.mkdir(parents=True)
+        (stale / "rest").write_text("of another run")
+        write_folder(tmp_path / "run", write, force=True)
+    assert seen == [f".run.{os.getpid()}.partial"] * 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["a"]
+
+
+def writer_of(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "c").mkdir()
+        for name in ("a", "b", "c/d"):
+            (folder / name).write_text(text)
+
+    return write
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_working_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in ("first", "second"):
+        write_folder(Path(), writer_of(text), force=True)
+        assert contents(Path.cwd()) == {"a": text, "b": text, "c/d": text}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_entries_are_moved_waits_until_all_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    replace_as_ever = Path.replace
+
+    def replace_and_signal(self: Path, target: Path) -> Path:
+        os.kill(os.getpid(), number)
+        return replace_as_ever(self, target)
+
+    write_folder(tmp_path, writer_of("old"))
+    (tmp_path / "mine").write_text("mine")
+    monkeypatch.setattr(Path, "replace", replace_and_signal)
+    before = signal.signal(number, end)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(tmp_path, writer_of("new"), force=True)
+        assert signal.getsignal(number) is end
+    finally:
+        signal.signal(number, before)
+    assert contents(tmp_path) == {"a": "new", "b": "new", "c/d": "new", "mine": "mine"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "mine"]
+
+
+def test_an_interrupt_while_writing_keeps_what_was_there(tmp_path: Path) -> None:
+    def write(target: Path) -> None:
+        writer_of("new")(target)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    write_folder(tmp_path, writer_of("old"))
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path, write, force=True)
+    assert contents(tmp_path) == {"a": "old", "b": "old", "c/d": "old", "mine": "mine"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "mine"]
+
+
+def test_a_move_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_as_ever = Path.replace
+
+    def fail_at_last(self: Path, target: Path) -> Path:
+        if self.name == "c" and self.parent.name.endswith(".partial") and target.parent == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return replace_as_ever(self, target)
+
+    write_folder(tmp_path, writer_of("old"))
+    monkeypatch.setattr(Path, "replace", fail_at_last)
+    with pytest.raises(ResultError, match="Permission denied"):
+        write_folder(tmp_path, writer_of("new"), force=True)
+    assert contents(tmp_path) == {"a": "old", "b": "old", "c/d": "old"}
+
+
+def test_another_thread_may_write(tmp_path: Path) -> None:
+    thread = threading.Thread(target=write_folder, args=(tmp_path / "run", writer_of("x")))
+    thread.start()
+    thread.join()
+    assert contents(tmp_path / "run") == {"a": "x", "b": "x", "c/d": "x"}
+
+
+def test_where_nothing_can_be_written_is_found_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ResultError, match=r"out must be a folder that can be written, .*/x: .*file is not a folder"):
+        check_folder(tmp_path / "file" / "deep" / "x", force=True)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ResultError, match="out must be a folder that can be written"):
+        check_folder(tmp_path / "loop" / "x", force=True)
+    with pytest.raises(ResultError, match="out must be a folder that can be written"):
+        check_folder(tmp_path / ("x" * 400), force=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ResultError, match=f"{tmp_path} may not be written to"):
+        check_folder(tmp_path / "deep" / "x", force=True)
 
 
 def test_an_interrupted_write_leaves_the_old_result(result: RunResult, tmp_path: Path) -> None:

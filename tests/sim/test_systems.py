@@ -80,11 +80,11 @@ def test_memory_buys_slots_to_the_byte(scope: str, pools: int) -> None:
     assert budget_for_memory(10**9, **sizes).slots == 8 * 32 // pools
 
 
-@pytest.mark.parametrize(("scope", "pools"), [("layer", 8), ("global", 1)])
-def test_too_little_memory_is_refused_with_the_least_that_would_do(scope: str, pools: int) -> None:
+@pytest.mark.parametrize(("scope", "pools", "held"), [("layer", 8, "expert a layer"), ("global", 1, "expert")])
+def test_too_little_memory_is_refused_with_the_least_that_would_do(scope: str, pools: int, held: str) -> None:
     sizes = {"layers": 8, "experts": 32, "expert_bytes": 1000, "outside_bytes": 500, "scope": scope}
     least = 500 + (pools + STAGING_SLOTS) * 1000
-    with pytest.raises(InputError, match=rf"gpu memory must be at least {least} bytes .* got {least - 1}$"):
+    with pytest.raises(InputError, match=rf"at least {least} bytes .* and one {held} of 1000 .* got {least - 1}$"):
         budget_for_memory(least - 1, **sizes)
     assert budget_for_memory(least, **sizes).slots == 1
 

@@ -1,4 +1,8 @@
-"""The recordings that ship: whole, of the shipped model, balanced, with real locality, and regenerable."""
+"""The recordings that ship: whole, of the shipped model, and regenerable.
+
+Balance and locality are checked of ``mixed`` alone: one domain may favour some experts, and sequences that are decoded
+together share a batch's locality.
+"""
 
 from __future__ import annotations
 

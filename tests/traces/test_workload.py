@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from traces import NOT_ROUTED, InputError, Phase, Trace, TraceHeader
 from traces.synthetic import Sizes, zipf
-from traces.workload import NEVER, Routing, Workload, layer_routing, lock_step, next_uses, one_at_a_time, routings
+from traces.workload import NEVER, Routing, Workload, lock_step, next_uses, one_at_a_time, routings
 
 P, D = Phase.PREFILL, Phase.DECODE
 
@@ -160,7 +160,6 @@ def test_routings_are_the_union_and_its_counts(trace: Trace, batch: int) -> None
     for step in lock_step(trace, batch):
         expected = [naive_routing(trace, step.rows.tolist(), layer) for layer in range(trace.header.layers)]
         assert routings(trace, step) == expected
-        assert [layer_routing(trace, step.rows, layer) for layer in range(trace.header.layers)] == expected
 
 
 def test_routing_golden() -> None:

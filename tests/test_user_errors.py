@@ -1,0 +1,246 @@
+"""Mistakes on the command line: each is one line and exit code 2, found before the work; and examples that hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import moetwin
+from real import cli_run
+from real.cli import RecordOptions, choose
+from real.cli_run import _announcing, _Generation
+from real.generate import Sampler
+from sim.spec import catalogue
+from sim.systems import SystemSpec
+from sim.target import DTYPE_OF, parse_bytes
+from traces import store, synthetic
+from traces.errors import InputError
+from traces.prompts import SHIPPED_PROMPTS, load_prompts
+from traces.schema import TraceHeader, WeightDtype
+from traces.shipped import find_trace
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(moetwin.app, list(words))
+
+
+def refused(*words: str) -> str:
+    """The error of a command that must end with exit code 2, in one piece (a usage error comes in a box)."""
+    result = run(*words)
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "afile").write_text("mine")
+
+
+@pytest.fixture
+def _no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when a model is loaded, or a trace is read to be simulated."""
+    monkeypatch.setattr(cli_run, "machine_of", pytest.fail)
+    monkeypatch.setattr("sim.cli.load_trace", pytest.fail)
+    monkeypatch.setattr("real.cli.record_with", pytest.fail)
+
+
+def test_simulate_writes_into_the_working_folder_beside_other_files(tmp_path: Path) -> None:
+    short = store.save(synthetic.generate("zipf", 0, SMALL), "short.safetensors")
+    words = ("simulate", str(short), "--model", "moetwin-small", "--out", ".")
+    assert refused(*words).startswith("error: out must be an empty or new folder (or give --force), got .")
+    for _ in range(2):
+        assert run(*words, "--force").exit_code == 0
+    assert (tmp_path / "run.json").exists()
+    assert (tmp_path / "afile").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+SMALL = synthetic.Sizes(sequences=1, prompt_tokens=2, new_tokens=2, layers=8, experts=32, top_k=4)
+
+
+@pytest.mark.usefixtures("_no_work")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("simulate mixed --out afile/x", "out must be a folder that can be written, got afile/x"),
+        ("simulate mixed --out afile", "out must be a folder, got the file afile"),
+        ("decode --prompt a --out afile/x", "out must be a folder that can be written, got afile/x"),
+        ("decode --prompt a --trace-out afile/x", "out must be a file that can be written, got afile/x"),
+        ("calibrate --out afile/x.toml", "out must be a file that can be written, got afile/x.toml"),
+        ("calibrate --out afile", "out must be a new file (or give --force), got afile"),
+        ("calibrate --out .", "out must be a file, got the folder ."),
+        ("calibrate --out . --force", "out must be a file, got the folder ."),
+        ("trace record --out afile/x", "out must be a file that can be written, got afile/x"),
+        ("trace synth zipf --out afile/x", "out must be a file that can be written, got afile/x"),
+        ("decode --prompt \ud800", "prompt must hold whole characters, got '\\ud800' at 0"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_the_work(words: str, message: str) -> None:
+    assert refused(*words.split(" ")).startswith(f"error: {message}")
+
+
+@pytest.mark.usefixtures("_no_work")
+@pytest.mark.parametrize(
+    "command", ["decode --prompt a", "calibrate --out x", "trace record --out x", SYNTH := "trace synth zipf --out x"]
+)
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**26])
+def test_a_seed_beyond_63_bits_is_refused(command: str, seed: int, tmp_path: Path) -> None:
+    assert "Invalid value for '--seed'" in refused(*command.split(), "--seed", str(seed))
+    assert [path.name for path in tmp_path.iterdir()] == ["afile"]
+
+
+def test_the_largest_seed_is_taken(tmp_path: Path) -> None:
+    assert run(*SYNTH.split(), "--seed", str(2**63 - 1), "--new-tokens", "2", "--sequences", "1").exit_code == 0
+    Sampler(seed=2**63 - 1)
+    assert RecordOptions(seed=2**63 - 1).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("made_by", "message"),
+    [
+        ("moetwin trace record --seed -1", "seed must be from 0 to"),
+        ("moetwin trace record --seed one", "made_by must be a command"),
+        ("moetwin trace record --seed", "made_by must be a command"),
+        ("moetwin trace record --model 'x", "made_by must be a command"),
+        ("moetwin trace record --speed 1", "made_by must be a command"),
+        ("by hand", "made_by must be a command"),
+    ],
+)
+def test_a_trace_made_by_something_else_cannot_be_recorded_again(made_by: str, message: str) -> None:
+    trace = synthetic.generate("zipf", 0, SMALL)
+    other = store.save(with_header(trace, made_by=made_by), "other.safetensors")
+    assert refused("trace", "record", "--like", str(other)).startswith(f"error: {message}")
+
+
+def with_header(trace: Any, **changed: Any) -> Any:
+    arrays = dict(trace.arrays())
+    return type(trace).of(TraceHeader.of({**trace.header.model_dump(), **changed}), **arrays)
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "1" + "0" * 18, "1." + "0" * 10, "٣GiB", "1e3", "-1"])
+def test_a_size_without_sense_is_refused(size: str) -> None:
+    message = refused("simulate", "mixed", "--gpu-memory", size)
+    assert message.startswith("error: gpu-memory must be a size such as 8GiB or 500MB, got")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("8GiB", 8 << 30), (" 0.1 gb ", 10**8), ("9" * 18, int("9" * 18)), ("1.5KiB", 1536)]
+)
+def test_a_size_is_read_to_the_byte(size: str, expected: int) -> None:
+    assert parse_bytes(size, "memory") == expected
+
+
+def raw_trace(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A trace file whose JSON header was changed by hand."""
+    whole = store.save(synthetic.generate("zipf", 0, SMALL), path, force=True).read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    layout = json.loads(whole[8:end])
+    change(layout)
+    text = json.dumps(layout).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])
+    return path
+
+
+@pytest.mark.parametrize("command", ["trace info", "trace check", "simulate"])
+def test_a_trace_without_metadata_is_refused(command: str, tmp_path: Path) -> None:
+    file = raw_trace(tmp_path / "t.safetensors", lambda layout: layout.update({"__metadata__": None}))
+    message = refused(*command.split(), str(file))
+    assert message.endswith("metadata must have the entry moetwin_trace, got none")
+    assert store.stored_digest(file) is None
+
+
+@pytest.mark.parametrize("command", ["trace check", "simulate"])
+def test_a_trace_of_another_weight_type_is_refused(command: str, tmp_path: Path) -> None:
+    def change(layout: dict[str, Any]) -> None:
+        header = json.loads(layout["__metadata__"]["moetwin_trace"]) | {"dtype": "int3"}
+        layout["__metadata__"]["moetwin_trace"] = json.dumps(header)
+
+    message = refused(*command.split(), str(raw_trace(tmp_path / "t.safetensors", change)))
+    assert "dtype must be 'float32', 'bfloat16', 'float16', 'fp32', 'bf16' or 'fp16', got 'int3'" in message
+
+
+def test_every_weight_type_of_a_header_is_known_to_the_simulator() -> None:
+    assert set(DTYPE_OF) == set(get_args(WeightDtype))
+    assert set(DTYPE_OF.values()) == {"fp32", "bf16", "fp16"}
+
+
+def test_half_a_surrogate_pair_in_a_prompt_is_refused_with_its_line(tmp_path: Path) -> None:
+    good = json.dumps({"domain": "a", "text": "smile \U0001f600"})
+    for field in ("domain", "text"):
+        bad = json.dumps({"domain": "a", "text": "b", field: "x\ud800"})
+        (tmp_path / "p.jsonl").write_text(f"{good}\n{bad}\n", encoding="utf-8")
+        with pytest.raises(InputError, match=rf"line 2: {field} must hold whole characters, got '\\ud800' at 1"):
+            load_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text(good, encoding="utf-8")
+    assert load_prompts(tmp_path / "p.jsonl")[0].text.endswith("\U0001f600")
+
+
+class _Machine:
+    """As much of a machine as telling the prompts needs: a token's text is its number."""
+
+    class loaded:  # noqa: N801 - stands in for an attribute
+        eos_ids = frozenset({9})
+
+    @staticmethod
+    def text(tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+
+def test_each_prompt_is_shown_before_its_continuation(capsys: pytest.CaptureFixture[str]) -> None:
+    generation = _Generation(max_prompt_tokens=8, max_new_tokens=3, temperature=0.0, seed=0, stream=True)
+    sampler: Any = _announcing(Sampler(), _Machine(), [[1, 2], [3, 4], [5, 6]], generation)  # type: ignore[arg-type]
+    for token in (7, 9, 7, 7, 7, 9):  # the first and the last end early, the second at the limit
+        assert sampler(torch.eye(10)[[token]]) == [token]
+        print(f"<{token}>", end="")
+    assert capsys.readouterr().out == "\n1 2<7><9>\n\n3 4<7><7><7>\n\n5 6<9>"
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Every command with its words, such as "trace record"."""
+    for name, entry in moetwin.ENTRIES.items():
+        command = moetwin._load(entry, name)
+        if not hasattr(command, "commands"):
+            yield name, command
+            continue
+        for own, below in command.commands.items():
+            borrowed = entry.more.get(own)
+            yield f"{name} {own}", below if borrowed is None else moetwin._load(borrowed, own)
+
+
+EXAMPLES = [
+    (name, command, example.strip())
+    for name, command in commands()
+    for example in re.findall(r"(?:^|Examples?:) *(moetwin .*)$", command.help or "", re.MULTILINE)
+]
+
+
+def test_every_command_has_an_example_of_its_own() -> None:
+    assert {name for name, _ in commands()} == {name for name, _, _ in EXAMPLES}
+
+
+@pytest.mark.parametrize(("name", "command", "example"), EXAMPLES, ids=[example for *_, example in EXAMPLES])
+def test_an_example_of_the_help_is_a_command_with_names_that_exist(name: str, command: Any, example: str) -> None:
+    words = shlex.split(example)
+    assert words[: len(name.split()) + 1] == ["moetwin", *name.split()]
+    given = command.make_context(name, words[len(name.split()) + 1 :]).params
+    choose(load_prompts(SHIPPED_PROMPTS), given.get("domains") or "")
+    policies = {kind: given[kind] for kind in ("evict", "place", "prefetch", "scope") if kind in given}
+    assert SystemSpec(**policies)
+    for trace in (given.get("trace"), given.get("routing")):
+        assert trace is None or trace.endswith(".safetensors") or find_trace(trace).exists()
+    assert given.get("generator", "zipf") in synthetic.GENERATORS
+    model = given.get("model")
+    assert model is None or "/" in model or model in [*catalogue.model_names(), "moetwin-small"] or "x" in model
+    if name in ("simulate", "hardware show"):
+        catalogue.hardware(given.get("hardware") or given["name"])
