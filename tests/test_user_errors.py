@@ -51,7 +51,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def _no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when a model is loaded, or a trace is read to be simulated."""
     monkeypatch.setattr(cli_run, "machine_of", pytest.fail)
-    monkeypatch.setattr("sim.cli.load_trace", pytest.fail)
+    monkeypatch.setattr("sim.cli_run.load_trace", pytest.fail)
     monkeypatch.setattr("real.cli.record_with", pytest.fail)
 
 
@@ -198,7 +198,9 @@ class _Machine:
 
 
 def test_each_prompt_is_shown_before_its_continuation(capsys: pytest.CaptureFixture[str]) -> None:
-    generation = _Generation(max_prompt_tokens=8, max_new_tokens=3, temperature=0.0, seed=0, stream=True)
+    generation = _Generation(
+        max_prompt_tokens=8, max_new_tokens=3, temperature=0.0, seed=0, stream=True, full_trace=False
+    )
     sampler: Any = _announcing(Sampler(), _Machine(), [[1, 2], [3, 4], [5, 6]], generation)  # type: ignore[arg-type]
     for token in (7, 9, 7, 7, 7, 9):  # the first and the last end early, the second at the limit
         assert sampler(torch.eye(10)[[token]]) == [token]
@@ -243,4 +245,4 @@ def test_an_example_of_the_help_is_a_command_with_names_that_exist(name: str, co
     model = given.get("model")
     assert model is None or "/" in model or model in [*catalogue.model_names(), "moetwin-small"] or "x" in model
     if name in ("simulate", "hardware show"):
-        catalogue.hardware(given.get("hardware") or given["name"])
+        catalogue.hardware(given.get("hardware") or given.get("name") or catalogue.REFERENCE_MACHINE)

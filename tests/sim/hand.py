@@ -108,7 +108,8 @@ def run(
     engine = Engine(controller, costs, closed_form=closed)
     predictions = predictions_of(workload.trace, spec.lookahead_depth)
     engine.run(workload.steps, lambda step: routings(workload.trace, step), predictions)
-    return engine.log.result(run_info("simulated", workload, controller, hardware="by hand", costs=costs.name))
+    info = run_info("simulated", workload, controller, hardware="by hand", packages=("numpy", "simpy"))
+    return engine.log.result(info.model_copy(update={"costs": costs.name, "notes": costs.notes}))
 
 
 def gpu(number: int, expert: int, *after: int, layer: int = 0, tokens: int = 1) -> Operation:
