@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,15 @@ def test_a_signal_while_entries_are_moved_waits_until_all_are(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "mine"]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background, with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_writing_keeps_what_was_there(tmp_path: Path) -> None:
     def write(target: Path) -> None:
         writer_of("new")(target)
