@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +19,9 @@ from typer.core import TyperCommand, TyperGroup
 USER_ERROR = 2
 INTERRUPTED = 130
 DEMO = Path("moetwin-demo")
+
+_parser: Any = import_module(typer.BadParameter.__module__)
+"""Where the parser's errors live: click, or the copy of it that newer releases of typer carry."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def _load(entry: Entry, name: str) -> Any:
     module, attribute = entry.target.split(":")
     target = getattr(import_module(module), attribute)
     if isinstance(target, typer.Typer):
+        target.info.cls = Group
         group = typer.main.get_group(target)
         for extra, borrowed in entry.more.items():
             group.add_command(LazyCommand(borrowed, extra))
@@ -71,7 +77,18 @@ class LazyCommand(TyperCommand):
         return command.make_context(info_name, args, parent=parent, **extra)
 
 
-class Root(TyperGroup):
+class Group(TyperGroup):
+    """A command that has sub-commands: an unknown one is told like any other unknown name."""
+
+    def resolve_command(self, ctx: Any, args: Any) -> Any:
+        if args[0] not in self.commands:
+            from traces.errors import unknown_name
+
+            raise unknown_name("command", args[0], self.commands)
+        return super().resolve_command(ctx, args)
+
+
+class Root(Group):
     """The top-level command: holds :data:`ENTRIES`, and turns a user's mistakes into one line and an exit code."""
 
     def __init__(self, **settings: Any) -> None:
@@ -79,33 +96,65 @@ class Root(TyperGroup):
         for name, entry in ENTRIES.items():
             self.add_command(LazyCommand(entry, name))
 
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _told_in_one_line():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _told_in_one_line():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("error: interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
-        except ValueError as error:
-            message = _user_message(error)
-            if message is None:
-                raise
-            typer.echo(f"error: {message}", err=True)
-            raise typer.Exit(USER_ERROR) from None
 
 
-def _user_message(error: ValueError) -> str | None:
-    """One line for an error that the user's input caused, None for one that is the program's own."""
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """Turns a user's mistake, or an interrupt, into one line on stderr and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("error: interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, _parser.UsageError) as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        raise typer.Exit(USER_ERROR) from None
+
+
+def _user_message(error: Exception) -> str | None:
+    """What to tell of an error that the user's input caused; None for one that is the program's own, or no error."""
     from pydantic import ValidationError
 
     from traces.errors import InputError
 
     if isinstance(error, InputError):
-        return " ".join(str(error).split())
+        return str(error)
     if isinstance(error, ValidationError):
         from sim.spec.catalogue import first_fault
 
         return first_fault(error)
+    if isinstance(error, _parser.UsageError) and not isinstance(error, getattr(_parser, "NoArgsIsHelpError", ())):
+        return _usage_message(error)
     return None
+
+
+def _usage_message(error: Any) -> str:
+    """What to tell of words that the parser refuses: a rule of the option or argument, or the parser's own words."""
+    from sim.spec.catalogue import first_fault
+    from traces.errors import unknown_name
+
+    if isinstance(error, _parser.NoSuchOption):
+        known = [option for one in error.ctx.command.get_params(error.ctx) for option in one.opts]
+        return str(unknown_name("option", error.option_name, known))
+    one = getattr(error, "param", None)
+    if one is not None:
+        field = max(one.opts, key=len).lstrip("-")
+        if isinstance(error, _parser.MissingParameter):
+            return f"{field} must be given, got nothing"
+        if error.__cause__ is not None and hasattr(error.__cause__, "errors"):
+            _, _, rule = first_fault(error.__cause__).partition(" must ")
+            return f"{field} must {rule}"
+    return str(error.format_message()).rstrip(".")
 
 
 app = typer.Typer(

@@ -80,9 +80,9 @@ def record(
     model: Annotated[str, typer.Option(help="moetwin-small, or the folder of a local checkpoint.")] = "moetwin-small",
     prompts: Annotated[Path | None, typer.Option(help="A .jsonl or .txt file; else the project's own.")] = None,
     domains: Annotated[str, typer.Option(help="Only prompts of these domains, separated by commas.")] = "",
-    max_prompt_tokens: Annotated[int, typer.Option(help="A longer prompt is cut here.")] = 128,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to decode for each prompt.")] = 128,
-    batch: Annotated[int, typer.Option(help="Prompts decoded together, in lock-step.")] = 1,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="A longer prompt is cut here.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to decode for each prompt.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together, in lock-step.")] = 1,
     lookahead: Annotated[int, typer.Option(help="Layers whose choice is predicted from each layer; 0 for none.")] = 3,
     seed: Annotated[
         int, typer.Option(min=0, max=MOST_SEED, help="Of the sampling, when the temperature is above 0.")
@@ -134,12 +134,16 @@ def record_with(options: RecordOptions) -> Trace:
     import torch
 
     from real.generate import Sampler
-    from real.models.load import SMALL_NAME, load
+    from real.models.load import SMALL_NAME, layers_of, load
     from real.record import record as record_trace
 
     torch.set_num_threads(1)
     prompts = choose(load_prompts(Path(options.prompts) if options.prompts else SHIPPED_PROMPTS), options.domains)
     sampler = Sampler(options.temperature, seed=options.seed)
+    # the default goes with every model: what it expects of layers beyond the last one is empty
+    most = max(layers_of(options.model) - 1, RecordOptions.lookahead)
+    if not 0 <= options.lookahead <= most:
+        raise InputError(f"lookahead must be from 0 to {most} for this model's layers, got {options.lookahead}")
     loaded = load(options.model)
     own = options.model == SMALL_NAME and not options.prompts
     with _progress(len(prompts)) as progress:

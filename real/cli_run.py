@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +18,7 @@ from sim.costs import Costs, RooflineCosts
 from sim.results import RunResult, check_folder
 from sim.spec import ModelSpec, catalogue
 from sim.systems import Budget, SystemSpec
-from sim.target import budget_of, retarget, workload_of
+from sim.target import budget_of, workload_of
 from traces import prompts as prompt_files
 from traces import store
 from traces.errors import InputError
@@ -27,28 +27,34 @@ from traces.schema import Trace
 from traces.shipped import find_trace
 
 if TYPE_CHECKING:  # torch and transformers are imported when a model is run, not to print a help text
-    from torch import Tensor
-
     from real.decode import Machine
     from real.generate import Sampler
 
 SMALL = "moetwin-small"
+Model = Annotated[
+    str,
+    typer.Option(help="moetwin-small, a checkpoint's folder, or with --random-weights a catalogue name or TOML file."),
+]
 RandomWeights = Annotated[
-    bool, typer.Option("--random-weights", help="Build a catalogue model at its true size, with random weights.")
+    bool, typer.Option("--random-weights", help="Build a model of these dimensions, with random weights.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+PromptFile = Annotated[Path | None, typer.Option(help="A .jsonl or .txt file of prompts; else the project's.")]
+Routing = Annotated[str | None, typer.Option(help="Force the routing of this trace on the model, instead of prompts.")]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="Times that a routing is run; with --out DIR also into DIR-2, DIR-3 and so on.")
+]
 
 
 def decode(
-    model: Annotated[str, typer.Option(help="moetwin-small, a checkpoint's folder, or a catalogue name.")] = SMALL,
+    model: Model = SMALL,
     random_weights: RandomWeights = False,
     prompt: Annotated[str | None, typer.Option(help="A text to continue.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A .jsonl or .txt file of prompts; else the project's.")] = None,
+    prompts: PromptFile = None,
     domains: Annotated[str, typer.Option(help="Only prompts of these domains, separated by commas.")] = "",
-    routing: Annotated[
-        str | None, typer.Option(help="Force the routing of this trace on the model, instead of prompts.")
-    ] = None,
+    routing: Routing = None,
+    repeats: Repeats = 1,
     evict: options.Evict = "lru",
     place: options.Place = "fetch",
     prefetch: options.Prefetch = "none",
@@ -76,41 +82,34 @@ def decode(
 
       moetwin decode --domains speeches --evict lfu --prefetch next-router --out runs/measured --trace-out t.safetensors
 
-      moetwin decode --routing mixed --evict belady --cache 8
+      moetwin decode --routing mixed --evict belady --cache 8 --repeats 3 --out runs/belady
 
       moetwin decode --model olmoe-1b-7b --random-weights --routing mine.safetensors --gpu-memory 8GiB --dtype bf16
     """
     system = options.system_of(evict=evict, place=place, prefetch=prefetch, scope=scope, synchronous=synchronous)
-    _check_outputs(out, trace_out, force=force)
-    if routing is not None and (prompt or prompts or domains or trace_out):
-        raise InputError("routing must be given without prompts, domains and trace-out, got both")
-    texts = [] if routing else _texts(prompt, prompts, domains)
-    recorded = store.load(find_trace(routing)) if routing else None
+    folders = _check_outputs(out, trace_out, repeats, force=force)
+    texts, recorded = _given(routing, prompt, prompts, domains, trace_out, repeats, random_weights)
     generation = _Generation(
         max_prompt_tokens,
         max_new_tokens,
-        temperature,
-        seed,
+        _sampler(temperature, seed),
         stream=not as_json and batch == 1,
         full_trace=trace_out is not None,
     )
-    if recorded is not None and random_weights and model in catalogue.model_names():
-        retarget(recorded, catalogue.model(model))  # a trace of another shape is refused before a model is built
+    limits = _Limits(batch, cache, gpu_memory, scope)
+    if recorded is not None and random_weights:
+        _check_fit(recorded, limits, model, dtype)
     with machine_of(model, dtype=dtype, device=device, random_weights=random_weights, seed=seed) as machine:
-        limits = _Limits(machine.loaded.spec, batch, cache, gpu_memory, scope)
         if recorded is not None:
-            run, trace = _replay(machine, recorded, system, limits), recorded
+            runs, trace = _replay(machine, recorded, system, limits, repeats), recorded
         else:
-            run, trace = _continue(machine, texts, system, limits, generation)
-    extra = {} if out is None else {"result": str(run.save(out, force=force))}
-    if trace_out is not None:
-        extra["trace"] = str(store.save(trace, trace_out, force=force))
-    options.show_run(run, as_json=as_json, **extra)
+            runs, trace = _continue(machine, texts, system, limits, generation)
+    options.show_run(runs[0], as_json=as_json, **_save(runs, folders, trace, trace_out, force=force))
 
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="The profile to write (.toml).")],
-    model: Annotated[str, typer.Option(help="The model whose dimensions are measured.")] = SMALL,
+    model: Model = SMALL,
     random_weights: RandomWeights = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -142,29 +141,15 @@ def calibrate(
 
 
 class _Limits:
-    """The memory limit as it was asked for, to be worked out once the longest sequence is known."""
+    """The memory limit as it was asked for, to be worked out once the model and its longest sequence are known."""
 
-    def __init__(self, spec: ModelSpec, batch: int, cache: str | None, gpu_memory: str | None, scope: str) -> None:
-        self.spec, self.batch = spec, batch
+    def __init__(self, batch: int, cache: str | None, gpu_memory: str | None, scope: str) -> None:
+        self.batch = batch
         self._given: dict[str, Any] = {"cache": cache, "gpu_memory": gpu_memory, "scope": scope}
 
-    def budget(self, context: int) -> Budget:
+    def budget(self, spec: ModelSpec, context: int) -> Budget:
         """The slots beside a KV cache of ``context`` tokens in every lane."""
-        return budget_of(self.spec, lanes=self.batch, context=context, **self._given)
-
-    @property
-    def costs(self) -> Costs:
-        """Predicted costs, for placement policies that weigh them."""
-        return RooflineCosts(self.spec, catalogue.hardware(catalogue.REFERENCE_MACHINE))
-
-
-def _replay(machine: Machine, trace: Trace, system: SystemSpec, limits: _Limits) -> RunResult:
-    from real.decode import replay
-
-    workload, context = workload_of(trace, limits.spec, limits.batch)
-    budget = limits.budget(context)
-    with bar("replaying", len(workload)) as advance:
-        return replay(machine, workload, system, budget, limits.costs, progress=advance)
+        return budget_of(spec, lanes=self.batch, context=context, **self._given)
 
 
 @dataclass(frozen=True)
@@ -173,57 +158,81 @@ class _Generation:
 
     max_prompt_tokens: int
     max_new_tokens: int
-    temperature: float
-    seed: int
+    sampler: Sampler
     stream: bool
     full_trace: bool
 
 
+def _check_fit(trace: Trace, limits: _Limits, model: str, dtype: str) -> None:
+    """Raises :class:`InputError` for a trace or a limit that does not fit a model that has yet to be built."""
+    from real.models.load import random_spec, torch_dtype
+
+    torch_dtype(dtype)
+    spec = random_spec(model).in_dtype(dtype)
+    _, context = workload_of(trace, spec, limits.batch)
+    limits.budget(spec, context)
+
+
+def _replay(machine: Machine, trace: Trace, system: SystemSpec, limits: _Limits, repeats: int) -> list[RunResult]:
+    from real.decode import replay
+
+    spec = machine.loaded.spec
+    workload, context = workload_of(trace, spec, limits.batch)
+    budget, costs = limits.budget(spec, context), _rough_costs(spec)
+    with bar("replaying", repeats * len(workload)) as advance:
+        return [replay(machine, workload, system, budget, costs, progress=advance) for _ in range(repeats)]
+
+
 def _continue(
     machine: Machine, texts: Sequence[Prompt], system: SystemSpec, limits: _Limits, generation: _Generation
-) -> tuple[RunResult, Trace]:
+) -> tuple[list[RunResult], Trace]:
     from real.decode import decode as decode_prompts
-    from real.generate import Sampler
     from real.record import encode
 
+    spec = machine.loaded.spec
     encoded = [tokens[: generation.max_prompt_tokens] for tokens in encode(machine.loaded, texts)]
-    sampler = Sampler(generation.temperature, seed=generation.seed)
+    shown: dict[str, Any] = {}
+    if generation.stream:
+        shown = {"on_prompt": _announce(machine, encoded), "on_text": lambda text: typer.echo(text, nl=False)}
     run, trace, _ = decode_prompts(
         machine,
         encoded,
         system,
-        limits.budget(max(map(len, encoded)) + generation.max_new_tokens),
-        limits.costs,
+        limits.budget(spec, max(map(len, encoded)) + generation.max_new_tokens),
+        _rough_costs(spec),
         batch=limits.batch,
         max_new_tokens=generation.max_new_tokens,
-        sampler=_announcing(sampler, machine, encoded, generation) if generation.stream else sampler,
-        on_text=(lambda text: typer.echo(text, nl=False)) if generation.stream else None,
+        sampler=generation.sampler,
         domains=tuple(prompt.domain for prompt in texts),
         prompts_digest=prompt_files.digest(texts),
         made_by="moetwin decode",
         full_trace=generation.full_trace,
+        **shown,
     )
     if generation.stream:
         typer.echo()
-    return run, trace
+    return [run], trace
 
 
-def _announcing(
-    sampler: Sampler, machine: Machine, encoded: Sequence[Sequence[int]], generation: _Generation
-) -> Sampler:
-    """The sampler, which also shows the text of a prompt before it chooses the first token after it."""
-    prompts, left, gap = iter(encoded), 0, "\n"
+def _rough_costs(spec: ModelSpec) -> Costs:
+    """Predicted costs, for placement policies that weigh them."""
+    return RooflineCosts(spec, catalogue.hardware(catalogue.REFERENCE_MACHINE))
 
-    def choose(logits: Tensor) -> list[int]:
-        nonlocal left, gap
-        if not left:
-            typer.secho(gap + machine.text(next(prompts)), dim=True, nl=False)
-            left, gap = generation.max_new_tokens, "\n\n"
-        (token,) = sampler(logits)
-        left = 0 if token in machine.loaded.eos_ids else left - 1
-        return [token]
 
-    return cast("Sampler", choose)
+def _announce(machine: Machine, encoded: Sequence[Sequence[int]]) -> Callable[[int], None]:
+    """What shows the text of a prompt, to be followed by its continuation."""
+
+    def show(index: int) -> None:
+        typer.secho(("\n\n" if index else "\n") + machine.text(encoded[index]), dim=True, nl=False)
+
+    return show
+
+
+def _sampler(temperature: float, seed: int) -> Sampler:
+    with status("loading"):
+        from real.generate import Sampler
+
+    return Sampler(temperature, seed=seed)
 
 
 @contextmanager
@@ -231,17 +240,17 @@ def machine_of(
     model: str, *, dtype: str = "fp32", device: str = "auto", random_weights: bool = False, seed: int = 0
 ) -> Iterator[Machine]:
     """Loads a model on a device, with its experts on the host; the device is closed in the end."""
-    with status("loading") as say:
+    with status("loading"):
         from real.decode import Machine
         from real.device import open_device
         from real.models.load import load
 
         opened = open_device(device)
     with opened:
-        with status(f"loading {model}") as say:
+        with status(f"loading {model}"):
             loaded = load(model, dtype=dtype, random_weights=random_weights, seed=seed)
-            say(f"packing the experts of {model}")
-            machine = Machine.prepare(loaded, opened, seed=seed)
+        with bar(f"{'generating' if random_weights else 'packing'} experts", loaded.spec.moe_layers) as advance:
+            machine = Machine.prepare(loaded, opened, seed=seed, progress=advance)
         yield machine
 
 
@@ -260,12 +269,46 @@ def bar(text: str, steps: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _check_outputs(out: Path | None, trace_out: Path | None, *, force: bool) -> None:
-    """Raises :class:`InputError` before any work for what could not be written after it."""
-    if out is not None:
-        check_folder(out, force=force)
+def _check_outputs(out: Path | None, trace_out: Path | None, repeats: int, *, force: bool) -> list[Path]:
+    """The folders of the repeats; raises :class:`InputError` before any work for what could not be written after it."""
+    folders = [] if out is None else [out, *(Path(f"{out}-{number}") for number in range(2, repeats + 1))]
+    for folder in folders:
+        check_folder(folder, force=force)
     if trace_out is not None:
         store.check_target(trace_out, force=force)
+    return folders
+
+
+def _save(
+    runs: Sequence[RunResult], folders: Sequence[Path], trace: Trace, trace_out: Path | None, *, force: bool
+) -> dict[str, str]:
+    """Writes what was asked for; returns what to tell of it."""
+    saved = [str(run.save(folder, force=force)) for run, folder in zip(runs, folders, strict=False)]
+    told = {"result": ", ".join(saved)} if saved else {}
+    if trace_out is not None:
+        told["trace"] = str(store.save(trace, trace_out, force=force))
+    return told
+
+
+def _given(
+    routing: str | None,
+    prompt: str | None,
+    prompts: Path | None,
+    domains: str,
+    trace_out: Path | None,
+    repeats: int,
+    random_weights: bool,
+) -> tuple[list[Prompt], Trace | None]:
+    """The prompts, or the trace whose routing is forced; raises :class:`InputError` for options that contradict it."""
+    if routing is not None:
+        if prompt or prompts or domains or trace_out:
+            raise InputError("routing must be given without prompts, domains and trace-out, got both")
+        return [], store.load(find_trace(routing))
+    if random_weights:
+        raise InputError("routing must be given with random-weights (they read no prompts), got none")
+    if repeats > 1:
+        raise InputError(f"repeats must be 1 without routing, got {repeats}")
+    return _texts(prompt, prompts, domains), None
 
 
 def _texts(prompt: str | None, prompts: Path | None, domains: str) -> list[Prompt]:

@@ -10,7 +10,7 @@ import torch
 from real.device import Device
 from real.executor import Executor
 from real.generate import HookChain, Sampler, TextStream, generate, left_pad
-from real.models.load import LoadedModel
+from real.models.load import LoadedModel, check_free
 from real.record import Collector
 from real.routing import Replay
 from real.store import DeviceSlots, HostStore
@@ -43,10 +43,17 @@ class Machine:
         return cls(loaded, device, store)
 
     def slots(self, count: int) -> DeviceSlots:
-        """``count`` empty slots on the device, allocated once and used again by the next run of that size."""
+        """``count`` empty slots on the device, allocated once and used again by the next run of that size.
+
+        Raises :class:`InputError` when the CPU plays the device and the host's free memory does not hold them.
+        """
         if self._slots is None or len(self._slots) != count:
             if self._slots is not None:
                 self._slots.release()
+                self._slots = None
+            if self.device.torch_device.type == "cpu":
+                needed = count * self.store.spec.expert_bytes
+                check_free(needed, "cache", f"{count} slots of {needed / 1e9:.1f} GB")
             self._slots = DeviceSlots(self.store, count, self.device.torch_device)
         self._slots.clear()
         return self._slots
@@ -74,6 +81,7 @@ def decode(
     batch: int = 1,
     max_new_tokens: int = 64,
     sampler: Sampler | None = None,
+    on_prompt: Callable[[int], None] = lambda first: None,
     on_text: Callable[[str], None] | None = None,
     progress: Callable[[], None] = lambda: None,
     full_trace: bool = True,
@@ -82,8 +90,9 @@ def decode(
     """Decodes prompts (token ids) under ``budget``, ``batch`` at a time: the measured run, its trace, the new tokens.
 
     The trace has full scores and look-ahead with ``full_trace``, whose cost is a part of the measured dense time.
-    ``on_text`` is handed the text of each prompt's continuation as it grows (with ``batch`` 1); ``header`` fields go
-    into the trace. Raises :class:`InputError` for a system that has to know the future.
+    ``on_prompt`` is told the index of a batch's first prompt before it is run, and ``on_text`` is handed the text of
+    that prompt's continuation as it grows; ``header`` fields go into the trace. Raises :class:`InputError` for a
+    system that has to know the future.
     """
     if "future" in system.needs:
         raise InputError(f"evict must be causal to decode prompts, got {system.evict} (replay a trace with it instead)")
@@ -97,6 +106,7 @@ def decode(
     with Executor(loaded, controller, machine.device, machine.store, slots=slots, listeners=[collector]) as executor:
         hooks = HookChain(collector, executor, _Progress(progress))
         for start in range(0, len(encoded), batch):
+            on_prompt(start)
             ids, mask = left_pad(encoded[start : start + batch])
             stream = TextStream(loaded.tokenizer, on_text) if on_text and loaded.tokenizer else None
             outcome = generate(

@@ -96,9 +96,10 @@ class Executor:
 
     def begin_step(self, step_index: int, phase: Phase, mask: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """A forward pass begins; shapes as in :class:`real.generate.StepHooks`."""
-        self._book.begin(phase, mask, positions)
+        step = self._book.begin(phase, mask, positions)
+        step = step if self._known is None else self._known[step.index]
         self._real = None if bool(mask.all()) else mask.flatten()
-        self._controller.begin_step(self._book.index)
+        self._controller.begin_step(step.index, new_batch=step.starts == step.sequences)
         self._step_mark = self._dense_mark = self._device.mark()
 
     def end_step(self, next_tokens: list[int]) -> None:
@@ -287,7 +288,7 @@ class _StepBook:
         self._first = 0
         self._step: Step | None = None
 
-    def begin(self, phase: Phase, mask: Tensor, positions: Tensor) -> None:
+    def begin(self, phase: Phase, mask: Tensor, positions: Tensor) -> Step:
         """A pass over ``mask`` [B, S] of real tokens at ``positions`` [B, S] begins."""
         self.index += 1
         if phase == Phase.PREFILL:
@@ -305,6 +306,7 @@ class _StepBook:
             starts=sequences if phase == Phase.PREFILL else (),
             ends=(),
         )
+        return self._step
 
     def end(self, next_tokens: list[int]) -> Step:
         """The pass has ended; lanes without a next token end with it."""

@@ -41,7 +41,7 @@ def test_the_demo_runs_on_both_clocks_and_writes_its_report(tmp_path: Path) -> N
 
 
 def test_the_floor_benchmark_prints_engine_and_skeleton() -> None:
-    outcome = python("-m", "benchmarks.simpy_floor", "code", "--repeats", "1")
+    outcome = python("-m", "benchmarks.simpy_floor")
     assert outcome.returncode == 0, outcome.stderr
     assert [line.split("  ")[0].strip() for line in outcome.stdout.splitlines()] == [
         "engine", "engine, by events", "skeleton",

@@ -10,26 +10,92 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
+import torch
+
+from sim.spec import catalogue
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.strip().splitlines() for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL)]
+(RANDOM_MODEL,) = re.findall(r"^    (moetwin decode .* --random-weights .*)$", README, re.MULTILINE)
+FIDELITY = [line.split() for line in re.findall(r"^    python (-m benchmarks.fidelity .*)$", README, re.MULTILINE)]
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = shlex.split(command.removeprefix("$ moetwin"))
+    words = shlex.split(command.removeprefix("$ ").removeprefix("moetwin "))
     return subprocess.run(
         [sys.executable, "-m", "moetwin", *words], cwd=folder, capture_output=True, text=True, check=False, timeout=600
     )
+
+
+def works(command: str, folder: Path) -> None:
+    outcome = run(command, folder)
+    assert outcome.returncode == 0, f"{command}\n{outcome.stdout}\n{outcome.stderr}"
+    assert outcome.stdout.strip(), command
+
+
+def works_in_source(words: list[str]) -> str:
+    outcome = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=3600
+    )
+    assert outcome.returncode == 0, f"{words}\n{outcome.stdout}\n{outcome.stderr}"
+    return outcome.stdout
 
 
 @pytest.mark.slow
 def test_every_command_of_the_readme_works(tmp_path: Path) -> None:
     for line in (line for block in BLOCKS for line in block):
         assert line.startswith("$ moetwin "), f"a console block holds one command a line, got {line!r}"
-        outcome = run(line, tmp_path)
-        assert outcome.returncode == 0, f"{line}\n{outcome.stdout}\n{outcome.stderr}"
-        assert outcome.stdout.strip(), line
+        works(line, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_few_layers_of_the_model_of_random_weights_decode_as_the_readme_shows(tmp_path: Path) -> None:
+    (synth,) = (line for block in BLOCKS for line in block if "--out olmoe.safetensors" in line)
+    few = {"layers": 2, "moe_layers": 2, "hidden": 256, "expert_width": 128, "heads": 4, "kv_heads": 4, "head_dim": 64}
+    fields = {**catalogue.model("olmoe-1b-7b").model_dump(), **few, "name": "olmoe-few-layers"}
+    (tmp_path / "few.toml").write_text(tomli_w.dumps(fields), encoding="utf-8")
+    works(f"{synth} --layers 2 --sequences 1 --prompt-tokens 8 --new-tokens 4", tmp_path)
+    works(f"{RANDOM_MODEL} --model few.toml --json", tmp_path)
+    outcome = run(f"{RANDOM_MODEL} --model few.toml --gpu-memory 1MiB", tmp_path)
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("error: gpu memory must be at least")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
+def test_the_model_of_random_weights_decodes_on_a_gpu_as_the_readme_shows(tmp_path: Path) -> None:
+    (synth,) = (line for block in BLOCKS for line in block if "--out olmoe.safetensors" in line)
+    works(synth, tmp_path)
+    works(RANDOM_MODEL, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
+def test_the_fidelity_protocol_runs_on_a_gpu_as_the_readme_shows(tmp_path: Path) -> None:
+    (words,) = (words for words in FIDELITY if "cuda" in words)
+    works_in_source([*words[:-1], str(tmp_path / "figures")])
+    assert json.loads((tmp_path / "figures" / "fidelity.json").read_text(encoding="utf-8"))["decisions_exact"]
+
+
+@pytest.mark.slow
+def test_the_readme_selects_the_tests_that_need_a_gpu() -> None:
+    (line,) = re.findall(r"^    python (-m pytest .*)$", README, re.MULTILINE)
+    chosen = works_in_source([*line.split(), "--collect-only", "-q"])
+    assert "test_the_fidelity_protocol_runs_on_a_gpu_as_the_readme_shows" in chosen
+    assert "test_the_readme_selects" not in chosen
+
+
+def test_the_committed_results_are_those_of_the_commands_that_the_readme_shows() -> None:
+    for name, words in ((words[-1], words) for words in FIDELITY if "cuda" not in words):
+        domains, tokens = (int(words[words.index(option) + 1]) for option in ("--domains", "--tokens"))
+        found = json.loads((ROOT / name / "fidelity.json").read_text(encoding="utf-8"))
+        assert name.endswith("-small") == ("--small" in words)
+        assert found["workload"]["sequences"] == domains
+        assert found["workload"]["decode_steps"] == domains * tokens
 
 
 def test_the_readme_shows_commands_and_every_file_it_links_to_exists() -> None:
@@ -59,6 +125,16 @@ def test_the_figures_of_the_readme_are_those_of_the_committed_results() -> None:
     ):
         (row,) = re.findall(rf"^\| {label}.*\| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE)
         assert [cell.replace(" %", "%") for cell in row] == [shown.format(one[key]) for one in (wide, small)], label
+
+
+def test_the_worst_configurations_of_the_readme_are_those_of_the_committed_results() -> None:
+    shown = re.findall(
+        r"worst (?:predicted there )?is ([^;.]*?) at (\d+%), off by ([\d.]+) %", " ".join(README.split())
+    )
+    for found, name in zip(shown, ("xeon-2core-cpu", "xeon-2core-cpu-small"), strict=True):
+        results = json.loads((ROOT / "analysis" / "results" / name / "fidelity.json").read_text(encoding="utf-8"))
+        worst = max(results["configurations"], key=lambda one: one["median_error"])
+        assert found == (worst["system"], worst["cache"], f"{worst['median_error'] * 100:.1f}")
 
 
 def test_the_committed_results_hold_the_bars() -> None:

@@ -6,18 +6,19 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 import moetwin
 from real import cli_run
 from real.cli import RecordOptions, choose
-from real.cli_run import _announcing, _Generation
+from real.cli_run import _announce
 from real.generate import Sampler
+from sim.results import RunResult
 from sim.spec import catalogue
 from sim.systems import SystemSpec
 from sim.target import DTYPE_OF, parse_bytes
@@ -33,11 +34,13 @@ def run(*words: str) -> Result:
 
 
 def refused(*words: str) -> str:
-    """The error of a command that must end with exit code 2, in one piece (a usage error comes in a box)."""
+    """The error of a command that must end with exit code 2, which is one line on stderr."""
     result = run(*words)
     assert result.exit_code == 2, result.output
     assert isinstance(result.exception, SystemExit)
-    return " ".join(result.output.replace("│", " ").split())
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +69,7 @@ def test_simulate_writes_into_the_working_folder_beside_other_files(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+OLMOE = "--model olmoe-1b-7b --random-weights"
 SMALL = synthetic.Sizes(sequences=1, prompt_tokens=2, new_tokens=2, layers=8, experts=32, top_k=4)
 
 
@@ -84,10 +88,52 @@ SMALL = synthetic.Sizes(sequences=1, prompt_tokens=2, new_tokens=2, layers=8, ex
         ("trace record --out afile/x", "out must be a file that can be written, got afile/x"),
         ("trace synth zipf --out afile/x", "out must be a file that can be written, got afile/x"),
         ("decode --prompt \ud800", "prompt must hold whole characters, got '\\ud800' at 0"),
+        ("decode --temperature -1", "temperature must be at least 0 and finite, got -1.0"),
+        ("decode --repeats 3", "repeats must be 1 without routing, got 3"),
+        ("decode --routing code --domains speeches", "routing must be given without prompts, domains and trace-out"),
+        ("decode --routing code --repeats 0", "repeats must be greater than or equal to 1, got '0'"),
+        (
+            "decode --routing code --repeats 2 --out runs",
+            "out must be an empty or new folder (or give --force), got runs-2",
+        ),
+        ("decode --model olmoe-1b-7b --random-weights", "routing must be given with random-weights"),
+        (f"decode {OLMOE} --routing code", "trace layers must be 16 as in olmoe-1b-7b, got 8"),
+        (f"decode {OLMOE} --routing olmoe.safetensors --gpu-memory 1MiB", "gpu memory must be at least"),
+        (f"decode {OLMOE} --routing olmoe.safetensors --dtype int8", "dtype must be a known name, got 'int8'"),
+        (
+            "decode --model moetwin-small --random-weights --routing code",
+            "random_weights must go with a catalogue model",
+        ),
+        (
+            "decode --model nowhere.toml --random-weights --routing code",
+            "model file must be readable, got nowhere.toml",
+        ),
     ],
 )
-def test_what_cannot_be_used_is_refused_before_the_work(words: str, message: str) -> None:
+def test_what_cannot_be_used_is_refused_before_the_work(words: str, message: str, tmp_path: Path) -> None:
+    store.save(synthetic.generate("zipf", 0, replace(SMALL, layers=16, experts=64, top_k=8)), "olmoe.safetensors")
+    (tmp_path / "runs-2").mkdir()
+    (tmp_path / "runs-2" / "mine").touch()
     assert refused(*words.split(" ")).startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("decode --prompt a --dtype fp8", "dtype must be a known name, got 'fp8' (did you mean fp32 or fp16?)"),
+        ("decode --prompt a --device gpu", "device must be cpu, cuda or auto, got 'gpu'"),
+        ("calibrate --out x --device gpu", "device must be cpu, cuda or auto, got 'gpu'"),
+        ("trace record --out x --lookahead 99", "lookahead must be from 0 to 7 for this model's layers, got 99"),
+        ("trace record --out x --lookahead -1", "lookahead must be from 0 to 7 for this model's layers, got -1"),
+        ("trace record --out x --temperature -1", "temperature must be at least 0 and finite, got -1.0"),
+        ("trace record --out x --batch 0", "batch must be greater than or equal to 1, got '0'"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_it_is_loaded(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("real.models.load._load_checkpoint", pytest.fail)
+    assert refused(*words.split(" ")) == f"error: {message}"
 
 
 @pytest.mark.usefixtures("_no_work")
@@ -96,7 +142,9 @@ def test_what_cannot_be_used_is_refused_before_the_work(words: str, message: str
 )
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**26])
 def test_a_seed_beyond_63_bits_is_refused(command: str, seed: int, tmp_path: Path) -> None:
-    assert "Invalid value for '--seed'" in refused(*command.split(), "--seed", str(seed))
+    message = refused(*command.split(), "--seed", str(seed))
+    assert message.startswith("error: seed must be ")
+    assert message.endswith(f", got '{seed}'")
     assert [path.name for path in tmp_path.iterdir()] == ["afile"]
 
 
@@ -187,10 +235,7 @@ def test_half_a_surrogate_pair_in_a_prompt_is_refused_with_its_line(tmp_path: Pa
 
 
 class _Machine:
-    """As much of a machine as telling the prompts needs: a token's text is its number."""
-
-    class loaded:  # noqa: N801 - stands in for an attribute
-        eos_ids = frozenset({9})
+    """As much of a machine as showing the prompts needs: a token's text is its number."""
 
     @staticmethod
     def text(tokens: list[int]) -> str:
@@ -198,14 +243,24 @@ class _Machine:
 
 
 def test_each_prompt_is_shown_before_its_continuation(capsys: pytest.CaptureFixture[str]) -> None:
-    generation = _Generation(
-        max_prompt_tokens=8, max_new_tokens=3, temperature=0.0, seed=0, stream=True, full_trace=False
-    )
-    sampler: Any = _announcing(Sampler(), _Machine(), [[1, 2], [3, 4], [5, 6]], generation)  # type: ignore[arg-type]
-    for token in (7, 9, 7, 7, 7, 9):  # the first and the last end early, the second at the limit
-        assert sampler(torch.eye(10)[[token]]) == [token]
-        print(f"<{token}>", end="")
-    assert capsys.readouterr().out == "\n1 2<7><9>\n\n3 4<7><7><7>\n\n5 6<9>"
+    show = _announce(_Machine(), [[1, 2], [3, 4]])  # type: ignore[arg-type]
+    for index in (0, 1):
+        show(index)
+        print(f"<{index}>", end="")
+    assert capsys.readouterr().out == "\n1 2<0>\n\n3 4<1>"
+
+
+def test_repeats_are_written_side_by_side(tmp_path: Path) -> None:
+    file = store.save(synthetic.generate("zipf", 0, SMALL), "t.safetensors")
+    words = ("decode", "--routing", str(file), "--device", "cpu", "--out", "run", "--json")
+    result = run(*words, "--repeats", "3")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["result"] == "run, run-2, run-3"
+    runs = [RunResult.load(tmp_path / name) for name in ("run", "run-2", "run-3")]
+    assert {one.info.trace_digest for one in runs} == {runs[0].info.trace_digest}
+    assert runs[0].operations.equals(runs[2].operations)
+    assert not runs[0].tokens.end_s.equals(runs[2].tokens.end_s)
+    assert refused(*words, "--repeats", "2").startswith("error: out must be an empty or new folder")
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -220,15 +275,60 @@ def commands() -> Iterator[tuple[str, Any]]:
             yield f"{name} {own}", below if borrowed is None else moetwin._load(borrowed, own)
 
 
+COMMANDS = dict(commands())
+
+
+def mistakes(command: Any) -> Iterator[tuple[list[str], str]]:
+    """Words that a command's parser must refuse, and how the error about each begins."""
+    needed = [one for one in command.params if one.required]
+    given = [word for one in needed for word in ([] if one.param_type_name == "argument" else one.opts[:1]) + ["x"]]
+    yield ["--no-such-option"], "option must be a known name, got '--no-such-option' ("
+    if needed:
+        yield [], f"{needed[0].opts[0].lstrip('-')} must be given, got nothing"
+    if all(one.nargs == 1 for one in command.params):
+        yield [*given, "one-too-many"], "Got unexpected extra argument"
+    taking = [one for one in command.params if one.param_type_name == "option" and not one.is_flag]
+    for one in taking:
+        yield [*given, one.opts[0]], f"Option '{one.opts[0]}' requires an argument"
+    for one in taking:
+        if type(one.default) in (int, float):
+            yield [*given, one.opts[0], "x"], f"{one.opts[0][2:]} must be a valid "
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_usage_error_of_every_command_is_one_line(name: str) -> None:
+    found = list(mistakes(COMMANDS[name]))
+    assert len(found) >= 2
+    for words, message in found:
+        assert refused(*name.split(), *words).startswith(f"error: {message}"), words
+
+
+@pytest.mark.parametrize("name", ["", "trace", "models", "hardware"])
+def test_usage_errors_of_a_group_are_one_line(name: str) -> None:
+    words = name.split()
+    assert refused(*words, "--hlep").startswith("error: option must be a known name, got '--hlep' (did you mean --help")
+    assert refused(*words, "chow").startswith("error: command must be a known name, got 'chow' (")
+    alone = run(*words)
+    assert alone.exit_code == 2
+    assert "Usage: " in alone.output
+    assert "error:" not in alone.output
+
+
+def test_a_mistyped_option_offers_the_near_ones() -> None:
+    assert refused("decode", "--repeat", "2").endswith(
+        "got '--repeat' (did you mean --repeats or --temperature or --prefetch?)"
+    )
+
+
 EXAMPLES = [
     (name, command, example.strip())
-    for name, command in commands()
+    for name, command in COMMANDS.items()
     for example in re.findall(r"(?:^|Examples?:) *(moetwin .*)$", command.help or "", re.MULTILINE)
 ]
 
 
 def test_every_command_has_an_example_of_its_own() -> None:
-    assert {name for name, _ in commands()} == {name for name, _, _ in EXAMPLES}
+    assert set(COMMANDS) == {name for name, _, _ in EXAMPLES}
 
 
 @pytest.mark.parametrize(("name", "command", "example"), EXAMPLES, ids=[example for *_, example in EXAMPLES])

@@ -281,4 +281,5 @@ def _is_moe(block: nn.Module) -> bool:
 
 def _require(condition: bool, owner: Family, rule: str, spec: ModelSpec) -> None:
     if not condition:
-        raise InputError(f"model must have {rule} to be built as {owner.model_type}, got {spec.name!r}")
+        known = f"supported families: {', '.join(FAMILIES)}"
+        raise InputError(f"model must have {rule} to be built as {owner.model_type}, got {spec.name!r} ({known})")

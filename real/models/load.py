@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from real.models import families
@@ -55,29 +61,44 @@ class LoadedModel:
 def load(
     name_or_path: str, *, dtype: str = "fp32", random_weights: bool = False, seed: int = 0, with_experts: bool = False
 ) -> LoadedModel:
-    """Loads ``moetwin-small``, a local checkpoint folder, or (with ``random_weights``) a catalogue model.
+    """Loads ``moetwin-small``, a local checkpoint folder, or (with ``random_weights``) a model of given dimensions.
 
     Random weights are seeded; their routed experts stay on the meta device unless ``with_experts`` is given. Nothing
     is fetched from the network. Raises :class:`InputError` when the name is unknown, the folder is no checkpoint of a
-    supported family, or a catalogue name comes without ``random_weights``.
+    supported family, or a catalogue name or TOML file comes without ``random_weights``.
     """
-    _torch_dtype(dtype)
-    folder = SMALL_FOLDER if name_or_path == SMALL_NAME else Path(name_or_path)
-    if folder == SMALL_FOLDER or folder.is_dir():
-        if random_weights:
-            raise InputError(f"random_weights must go with a catalogue model, got the checkpoint {name_or_path!r}")
-        return _load_checkpoint(folder, name_or_path if folder == SMALL_FOLDER else folder.resolve().name, dtype)
-    if "/" in name_or_path:
-        raise InputError(f"model must be a folder that exists, got {name_or_path}")
+    torch_dtype(dtype)
+    if random_weights:
+        return load_spec(random_spec(name_or_path), dtype=dtype, seed=seed, with_experts=with_experts)
+    folder = _checkpoint(name_or_path)
+    name = SMALL_NAME if folder == SMALL_FOLDER else folder.resolve().name
+    return _load_checkpoint(folder, name, dtype)
+
+
+def layers_of(name_or_path: str) -> int:
+    """MoE layers of ``moetwin-small`` or a local checkpoint, from its configuration; raises what :func:`load` does."""
+    folder = _checkpoint(name_or_path)
+    family = families.family(_model_type(folder))
+    with _as_input_error(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return family.spec(config, name_or_path).moe_layers
+
+
+def random_spec(name: str) -> ModelSpec:
+    """The dimensions to be built with random weights: those of a catalogue model, or of a TOML file's.
+
+    Raises :class:`InputError` for a checkpoint, which has weights, and for a name or file that is neither.
+    """
+    if name == SMALL_NAME or Path(name).is_dir():
+        raise InputError(f"random_weights must go with a catalogue model or a TOML file, got the checkpoint {name!r}")
+    if name.endswith(".toml"):
+        return catalogue.find_model(name)
+    if "/" in name:
+        raise InputError(f"model must be a folder that exists, got {name}")
     names = catalogue.model_names()
-    if name_or_path not in names:
-        raise unknown_name("model", name_or_path, [*names, SMALL_NAME])
-    if not random_weights:
-        raise InputError(
-            f"model must be a local checkpoint or {SMALL_NAME} (or give --random-weights), "
-            f"got the catalogue name {name_or_path!r}"
-        )
-    return load_spec(catalogue.model(name_or_path), dtype=dtype, seed=seed, with_experts=with_experts)
+    if name not in names:
+        raise unknown_name("model", name, [*names, SMALL_NAME])
+    return catalogue.model(name)
 
 
 def load_spec(
@@ -92,7 +113,7 @@ def load_spec(
     config = family.config(spec)
     _check_host_memory(spec.in_dtype(dtype) if dtype in DTYPES else spec)
     with _quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=_torch_dtype(dtype), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), attn_implementation="sdpa")
     layers = family.moe_layers(model)
     _fill(model, [layer.experts for layer in layers], seed, with_experts)
     return _finish(model, None, spec.in_dtype(dtype), family, f"random-{seed}")
@@ -101,12 +122,14 @@ def load_spec(
 def _check_host_memory(spec: ModelSpec) -> None:
     """Raises :class:`InputError` when all weights of ``spec`` together exceed the host's free memory."""
     needed = spec.dense_bytes + spec.moe_layers * spec.experts * spec.expert_bytes
+    check_free(needed, "model", f"{spec.name} with {needed / 1e9:.1f} GB of {spec.dtype} weights")
+
+
+def check_free(needed_bytes: int, field: str, got: str) -> None:
+    """Raises :class:`InputError` about ``field`` when the host's free memory is less than ``needed_bytes``."""
     free = _free_host_bytes()
-    if needed > free:
-        raise InputError(
-            f"model must fit the host's free memory ({free / 1e9:.1f} GB), "
-            f"got {spec.name} with {needed / 1e9:.1f} GB of {spec.dtype} weights"
-        )
+    if needed_bytes > free:
+        raise InputError(f"{field} must fit the host's free memory ({free / 1e9:.1f} GB), got {got}")
 
 
 def _free_host_bytes() -> int:
@@ -118,26 +141,49 @@ def _free_host_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
+def _checkpoint(name_or_path: str) -> Path:
+    """The folder of the weights; raises :class:`InputError` for a name that has none."""
+    if name_or_path == SMALL_NAME:
+        return SMALL_FOLDER
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    random_spec(name_or_path)  # what is not even a name of dimensions has an error of its own
+    kind = "TOML file" if name_or_path.endswith(".toml") else "catalogue name"
+    raise InputError(
+        f"model must be a local checkpoint or {SMALL_NAME} (or give --random-weights), got the {kind} {name_or_path!r}"
+    )
+
+
 def _load_checkpoint(folder: Path, name: str, dtype: str) -> LoadedModel:
     family = families.family(_model_type(folder))
-    try:
-        with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=_torch_dtype(dtype),
-                local_files_only=True,
-                attn_implementation="sdpa",
-                output_loading_info=True,
-            )
-            has_tokenizer = (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder} must be a checkpoint that transformers can load, got: {reason}") from error
+    with _as_input_error(folder), _quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch_dtype(dtype),
+            local_files_only=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        has_tokenizer = (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
     model, info = loaded
     if info["missing_keys"]:
         raise InputError(f"{folder} must hold every weight of the model, got none for {min(info['missing_keys'])}")
     return _finish(model, tokenizer, family.spec(model.config, name).in_dtype(dtype), family, _revision(folder))
+
+
+@contextmanager
+def _as_input_error(folder: Path) -> Iterator[None]:
+    """Tells what transformers finds wrong with a checkpoint as a mistake in the input.
+
+    Its validation raises errors of several libraries, some of them derived from nothing but Exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+        raise InputError(f"{folder} must be a checkpoint that transformers can load, got: {reason}") from error
 
 
 def _finish(
@@ -153,7 +199,8 @@ def _finish(
     return LoadedModel(model, tokenizer, spec, family.moe_layers(model), family, revision)
 
 
-def _torch_dtype(dtype: str) -> torch.dtype:
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The dtype called ``fp32``, ``bf16`` or ``fp16``; raises :class:`InputError` for another name."""
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     return DTYPES[dtype]

@@ -146,6 +146,30 @@ def test_text_is_streamed_as_it_is_decoded(machine: Machine) -> None:
     assert "".join(pieces) == machine.loaded.tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_each_batch_is_announced_before_it_is_run(machine: Machine, batch: int) -> None:
+    calls: list[int] = []
+    given: list[Any] = [SystemSpec(), Budget(slots=4), COSTS]
+    told: dict[str, Any] = {"on_prompt": calls.append, "progress": lambda: calls.append(-1)}
+    decode(machine, PROMPTS, *given, batch=batch, max_new_tokens=2, **told)
+    passes = [-1, -1]  # the prompt, and the first of two new tokens; the last one is not run
+    assert calls == [call for first in range(0, len(PROMPTS), batch) for call in (first, *passes)]
+
+
+def test_slots_that_do_not_fit_the_free_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine_on("cpu") as machine:
+        size = machine.loaded.spec.expert_bytes
+        first = machine.slots(2)
+        monkeypatch.setattr("real.models.load._free_host_bytes", lambda: 3 * size)
+        assert len(machine.slots(3)) == 3
+        assert first.bytes == 0
+        with pytest.raises(
+            InputError, match=r"cache must fit the host's free memory \(0\.0 GB\), got 4 slots of 0\.0 GB"
+        ):
+            machine.slots(4)
+        assert len(machine.slots(2)) == 2
+
+
 def test_progress_is_told_after_every_pass(machine: Machine) -> None:
     calls: list[int] = []
     spec, budget = SystemSpec(), Budget(slots=4)

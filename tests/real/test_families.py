@@ -6,13 +6,14 @@ import json
 import logging
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from real.models import families
 from real.models.families import FAMILIES, family_for
-from real.models.load import SMALL_FOLDER, SMALL_NAME, load, load_spec
+from real.models.load import SMALL_FOLDER, SMALL_NAME, layers_of, load, load_spec, random_spec
 from sim.spec import catalogue
 from tests.real import tiny
 from traces.errors import InputError
@@ -204,6 +205,39 @@ def test_catalogue_name_needs_random_weights() -> None:
 def test_random_weights_do_not_go_with_a_checkpoint(tmp_path) -> None:
     with pytest.raises(InputError, match="random_weights must go with a catalogue model"):
         load(str(tmp_path), random_weights=True)
+
+
+def test_random_weights_take_their_dimensions_from_a_file(tmp_path) -> None:
+    spec = tiny.SPECS["olmoe"].model_copy(update={"name": "olmoe-of-mine"})
+    file = tmp_path / "mine.toml"
+    file.write_text(tomli_w.dumps(spec.model_dump(exclude_none=True)), encoding="utf-8")
+    loaded = load(str(file), random_weights=True)
+    assert loaded.spec == spec.in_dtype("fp32")
+    assert loaded.family.model_type == "olmoe"
+    assert random_spec(str(file)) == spec
+    with pytest.raises(InputError, match=r"give --random-weights\), got the TOML file '.*mine.toml'"):
+        load(str(file))
+    file.write_text("layers = 0", encoding="utf-8")
+    with pytest.raises(InputError, match=r"mine\.toml: "):
+        load(str(file), random_weights=True)
+
+
+def test_a_model_that_no_family_can_have_names_the_families() -> None:
+    with pytest.raises(InputError, match=r"got 'gpt-oss-20b' \(supported families: qwen3_moe, olmoe, mixtral, "):
+        load("gpt-oss-20b", random_weights=True)
+
+
+def test_layers_are_read_from_the_configuration_alone(tmp_path) -> None:
+    tiny.model("deepseek_v2").config.save_pretrained(tmp_path)
+    assert layers_of(str(tmp_path)) == tiny.SPECS["deepseek_v2"].moe_layers
+    with pytest.raises(InputError, match="got the catalogue name"):
+        layers_of("olmoe-1b-7b")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe", "num_experts": []}))
+    for read in (layers_of, load):
+        with pytest.raises(
+            InputError, match=r"must be a checkpoint that transformers can load, got: .*'num_experts'.*int"
+        ):
+            read(str(tmp_path))
 
 
 def test_broken_checkpoints_are_named(tmp_path) -> None:
