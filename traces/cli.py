@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from traces import store, synthetic
+from traces import cli_edit, cli_import, store, synthetic
 from traces.errors import InputError
 from traces.schema import TraceError, TraceHeader
 from traces.shipped import find_trace
@@ -122,6 +122,12 @@ def synth(
     trace = synthetic.generate(generator, seed, sizes, **own)
     store.save(trace, out, force=force)
     typer.echo(f"{out}: {len(trace)} tokens, digest {trace.digest}")
+
+
+app.command("slice")(cli_edit.slice_command)
+app.command("concat")(cli_edit.concat_command)
+app.command("export")(cli_edit.export_command)
+app.command("import")(cli_import.import_command)
 
 
 def require_model(header: TraceHeader, model: str) -> None:
