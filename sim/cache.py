@@ -119,18 +119,16 @@ class ExpertCache:
 
     def weakest(self, blocks: Collection[int], policy: EvictionPolicy) -> list[int]:
         """``blocks`` in the order in which they leave: smallest key, least recently used, lowest block."""
-        recency = self._recency
-        if policy.by_recency:
-            return sorted(blocks, key=recency.__getitem__)
-        places = map(recency.__getitem__, blocks)
-        return [block for _, _, block in sorted(zip(policy.keys(blocks), places, blocks, strict=True))]
+        return policy.order(blocks, self._recency)
 
     def _ranked(
         self, pool: Pool, mine: Container[int], movable: list[int], absent: list[int], policy: EvictionPolicy
     ) -> Verdict:
-        compete = [block for block in movable if policy.bypass or block in mine] + absent
+        own = [block for block in movable if policy.bypass or block in mine]
+        ranking = self.weakest(own, policy) + self.weakest(absent, policy) if policy.misses_first else None
+        compete = ranking or self.weakest([*own, *absent], policy)
         room = len(pool[0]) + len(movable)
-        kept = set(self.weakest(compete, policy)[max(0, len(compete) - room) :])
+        kept = set(compete[max(0, len(compete) - room) :])
         gone = [block for block in movable if block not in kept]
         return Verdict(
             admitted=[block for block in absent if block in kept],

@@ -45,7 +45,15 @@ class OffloadController:
     def __init__(
         self, system: SystemSpec, shape: ExpertShape, budget: Budget, predicted: Predicted, future: Future | None = None
     ) -> None:
-        context = PolicyContext(shape.layers, shape.experts, shape.top_k, future)
+        context = PolicyContext(
+            shape.layers,
+            shape.experts,
+            shape.top_k,
+            future,
+            capacity=budget.slots,
+            weights=(1,) * shape.layers,
+            shared=system.scope == "global",
+        )
         self.system, self.shape, self.budget = system, shape, budget
         self.cache = ExpertCache(
             shape.layers,
@@ -65,9 +73,11 @@ class OffloadController:
         self._wanted: list[tuple[int, int]] = []
         self._predictions: Sequence[Sequence[int]] = ()
 
-    def begin_step(self, step: int) -> None:
-        """A forward pass begins; ``step`` counts them over the run."""
+    def begin_step(self, step: int, *, new_batch: bool = False) -> None:
+        """A forward pass begins; ``step`` counts them over the run. ``new_batch``: none of its sequences ran before."""
         self._event = step * self.shape.layers - 1
+        if new_batch:
+            self._evict.begin_sequence()
 
     def plan_layer(self, layer: int, routing: Routing, predictions: Sequence[Sequence[int]] = ()) -> LayerPlan:
         """Decides one layer: ``routing`` is what its router chose, ``predictions[d]`` the experts that are expected in
@@ -174,6 +184,7 @@ class _Draft:
 
     def __init__(self, cache: ExpertCache, evict: EvictionPolicy, shape: ExpertShape) -> None:
         self._cache, self._evict, self._experts, self._bytes = cache, evict, shape.experts, shape.expert_bytes
+        self._tells = type(evict).admit is not EvictionPolicy.admit  # most policies do not listen
         self._number = 0
         self.begin(0, {})
 
@@ -205,11 +216,14 @@ class _Draft:
         self._drop(victims)
         if leaving or streamed:
             self._fetch_crowded([*hits, *late], verdict)
-            return
-        copies = self._admit(admitted)
-        if late:
-            copies |= self._cache.in_flight
-        self.gpu([*hits, *late, *admitted], copies)
+        else:
+            copies = self._admit(admitted)
+            if late:
+                copies |= self._cache.in_flight
+            self.gpu([*hits, *late, *admitted], copies)
+        if self._tells:
+            for block in sorted(admitted):
+                self._evict.admit(block)
 
     def _fetch_crowded(self, ready: list[int], verdict: Verdict) -> None:
         """The same where not all of the layer's experts can be kept: some are streamed through the staging slots, and
@@ -231,6 +245,7 @@ class _Draft:
         self._drop(() if victim < 0 else (victim,))
         number = self._copy(block, self._cache.insert(block))
         self._cache.in_flight[block] = number
+        self._evict.admit(block)
         *evictions, copy = self.operations
         return (*evictions, copy._replace(prefetch=True))
 

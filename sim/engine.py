@@ -77,7 +77,7 @@ class Engine:
 
     def _step(self, step: Step, routings: list[Routing], predictions: Predictions) -> Process:
         machine, start_s = self._machine, self._machine.now_s
-        self.controller.begin_step(step.index)
+        self.controller.begin_step(step.index, new_batch=step.starts == step.sequences)
         dense_s = self.costs.dense_s(len(step.rows), step.context) + self._lookahead_s
         records: list[LayerRecord] = []
         for layer, routing in enumerate(routings):

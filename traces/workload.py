@@ -9,11 +9,12 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from traces.errors import InputError
+from traces.schedule import by_sequence, schedule
 from traces.schema import NOT_ROUTED, Array, Phase, Trace
 
 NEVER = 1 << 62
@@ -66,86 +67,55 @@ class Workload:
         }
 
 
-class _Lane(NamedTuple):
-    """One sequence: its rows by phase, and the number of tokens in its KV cache before the first of them."""
-
-    sequence: int
-    prefill: Array
-    decode: Array
-    before: int
-
-
 def one_at_a_time(trace: Trace) -> Workload:
     """Sequences in order of first appearance; a prompt is one step, and so is every decode token after it."""
     return lock_step(trace, 1)
 
 
 def lock_step(trace: Trace, batch: int) -> Workload:
-    """Batches of ``batch`` sequences, in order of first appearance; the last batch may be smaller.
-
-    The prompts of a batch are one step. Then each step decodes one token of every lane; a lane that has ended idles
-    until all have, and only then the next batch begins. A sequence without a prompt starts at the first decode
-    step. Raises :class:`InputError` unless ``batch`` is at least 1.
-    """
-    if batch < 1:
-        raise InputError(f"batch must be at least 1, got {batch}")
-    lanes = _lanes(trace)
+    """Batches of ``batch`` sequences, in order of first appearance, as :func:`traces.schedule.schedule` forms them;
+    the last batch may be smaller. Raises :class:`InputError` unless ``batch`` is at least 1."""
+    plan = schedule(trace, batch, whole_prompts=True)
+    sequence, position = (np.asarray(array)[plan.rows] for array in (trace.sequence, trace.position))
+    last = dict(zip(sequence.tolist(), range(len(sequence)), strict=True))  # place of a sequence's last row
+    before = _recorded_later(trace, batch)
     steps: list[Step] = []
-    for first in range(0, len(lanes), batch):
-        steps.extend(_batch_steps(lanes[first : first + batch], len(steps)))
+    seen: set[int] = set()
+    group, context = -1, 0
+    for index, (start, end) in enumerate(pairwise(plan.offsets.tolist())):
+        if plan.group[index] != group:
+            group = int(plan.group[index])
+            context = before[group]
+        lanes = Counter(sequence[start:end].tolist())
+        context = max(context, int(position[start:end].max()) + 1)
+        steps.append(
+            Step(
+                index=index,
+                phase=Phase(plan.phase[index]),
+                rows=plan.rows[start:end],
+                sequences=tuple(lanes),
+                tokens=tuple(lanes.values()),
+                context=context,
+                starts=tuple(lane for lane in lanes if lane not in seen),
+                ends=tuple(lane for lane in lanes if last[lane] < end),
+            )
+        )
+        seen |= lanes.keys()
     return Workload(trace=trace, batch=batch, steps=steps)
+
+
+def _recorded_later(trace: Trace, batch: int) -> list[int]:
+    """By batch: the most tokens that a lane has in its KV cache before the first one that was recorded."""
+    order = by_sequence(trace)
+    before = np.asarray(trace.position)[order.rows[order.starts]]
+    return [int(before[first : first + batch].max()) for first in range(0, len(before), batch)]
 
 
 def sequence_rows(trace: Trace) -> list[Array]:
     """The rows int64 of each sequence, in order of position; sequences in order of first appearance."""
-    order = np.argsort(trace.sequence, kind="stable")
-    order.setflags(write=False)
-    bounds = np.flatnonzero(np.diff(trace.sequence[order])) + 1
-    return sorted(np.split(order, bounds), key=lambda rows: int(rows[0]))
-
-
-def _lanes(trace: Trace) -> list[_Lane]:
-    lanes = []
-    for rows in sequence_rows(trace):
-        prompt = int(np.count_nonzero(trace.phase[rows] == Phase.PREFILL))
-        sequence, before = int(trace.sequence[rows[0]]), int(trace.position[rows[0]])
-        lanes.append(_Lane(sequence, rows[:prompt], rows[prompt:], before))
-    return lanes
-
-
-def _batch_steps(lanes: list[_Lane], index: int) -> Iterator[Step]:
-    """Yields the steps of one batch, numbered from ``index``."""
-    with_prompt = [lane for lane in lanes if len(lane.prefill)]
-    context = max(lane.before + len(lane.prefill) for lane in lanes)
-    if with_prompt:
-        yield Step(
-            index=index,
-            phase=Phase.PREFILL,
-            rows=_joined([lane.prefill for lane in with_prompt]),
-            sequences=tuple(lane.sequence for lane in with_prompt),
-            tokens=tuple(len(lane.prefill) for lane in with_prompt),
-            context=context,
-            starts=tuple(lane.sequence for lane in with_prompt),
-            ends=tuple(lane.sequence for lane in with_prompt if not len(lane.decode)),
-        )
-        index += 1
-    for token in range(max(len(lane.decode) for lane in lanes)):
-        active = [lane for lane in lanes if len(lane.decode) > token]
-        context = max(context, *(lane.before + len(lane.prefill) + token + 1 for lane in active))
-        yield Step(
-            index=index + token,
-            phase=Phase.DECODE,
-            rows=_joined([lane.decode[token : token + 1] for lane in active]),
-            sequences=tuple(lane.sequence for lane in active),
-            tokens=(1,) * len(active),
-            context=context,
-            starts=() if token else tuple(lane.sequence for lane in active if not len(lane.prefill)),
-            ends=tuple(lane.sequence for lane in active if len(lane.decode) == token + 1),
-        )
-
-
-def _joined(pieces: list[Array]) -> Array:
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    order = by_sequence(trace)
+    order.rows.setflags(write=False)
+    return np.split(order.rows, order.starts[1:])
 
 
 class Routing(NamedTuple):

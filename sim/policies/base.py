@@ -7,7 +7,7 @@ forward pass, numbered ``step * layers + layer`` over the run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -22,52 +22,105 @@ class Future(Protocol):
         """First event after ``event`` in which ``block`` is used, at least :data:`NEVER` when there is none."""
 
 
+class Calibration(Protocol):
+    """A trace that was recorded apart from the one that is judged; only policies that are fitted ask for it."""
+
+    def uses(self) -> Sequence[int]:
+        """By block: the events in which it was used."""
+
+    def events(self) -> Iterator[tuple[int, Sequence[int]]]:
+        """Every event in order: its number, and the distinct blocks that it used."""
+
+
 @dataclass(frozen=True)
 class PolicyContext:
-    """What a policy is told once, before the run."""
+    """What a policy is told once, before the run.
+
+    ``capacity`` is what one pool holds, in the unit of ``weights``: slots (every weight is 1) or bytes. A pool is a
+    layer's, or the whole cache when ``shared``. ``seed`` is for what a policy draws at random.
+    """
 
     layers: int
     experts: int
     top_k: int
     future: Future | None = None
+    calibration: Calibration | None = None
+    capacity: int = 1
+    weights: Sequence[int] = ()  # of a block, by layer
+    shared: bool = False
+    seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the model."""
+        return self.layers * self.experts
 
 
 class Policy(ABC):
     """What all policies share: a name for the registry, and the inputs that have to be provided.
 
-    ``needs`` is a subset of {"lookahead", "future"}; a run whose trace or clock cannot give one is refused.
+    ``needs`` is a subset of {"scores", "lookahead", "future", "calibration"}; a run whose trace or clock cannot give
+    one is refused. ``defaults`` are the constants that may be changed by ``options``, with the values that hold else.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, context: PolicyContext) -> None:
         self.context = context
+        self.options: dict[str, Any] = {**self.defaults, **context.options}
 
 
 class EvictionPolicy(Policy):
     """Ranks blocks by how much they are worth keeping.
 
-    The cache asks for :meth:`key` and lets the smallest leave first; equal keys leave in the order least recently
-    used, lowest layer, lowest expert. A ``bypass`` policy ranks the event's own experts together with the residents,
-    so that a missed expert may be served without being kept.
+    A *decision* is one event under the atomic contract, and one expert of it under the serial one. For each decision
+    the caller says, in this order: :meth:`observe`; :meth:`order`, when room is needed; :meth:`forget` for each block
+    that leaves or is not kept; :meth:`admit` for each that is kept and was not there, lowest block first. The blocks
+    with the smallest :meth:`key` leave first; equal keys leave in the order least recently used, lowest layer, lowest
+    expert. A ``bypass`` policy ranks the event's own experts together with the residents, so that a missed expert may
+    be served without being kept.
     """
 
     bypass: ClassVar[bool] = False
+    misses_first: ClassVar[bool] = False
+    """True: when not all of an event's experts fit, those that had to be loaded are kept before those that hit."""
     by_recency: ClassVar[bool] = False
     """True: keys are in the order of the last use, so that the cache, which knows it, need not ask for them."""
 
+    def preload(self) -> Sequence[int]:
+        """Blocks that are loaded before the first event; they must fit."""
+        return ()
+
+    def begin_sequence(self) -> None:
+        """A new request (or a new batch of them) begins."""
+
+    def observe_scores(self, layer: int, scores: Any) -> None:
+        """Takes in the router's softmax over all experts of ``layer``, float [tokens, experts], before the decision of
+        an event; called only where ``needs`` has "scores"."""
+
     def observe(self, event: int, blocks: Sequence[int], counts: Sequence[int]) -> None:
-        """Takes in the distinct blocks of one event, with the tokens each one got. Called once an event."""
+        """Takes in the distinct blocks of one decision, ascending, with the tokens each one got."""
 
     @abstractmethod
     def key(self, block: int) -> float:
-        """Worth of keeping ``block`` as of the last observed event; called only for residents and the event's own."""
+        """Worth of keeping ``block`` as of the last decision; called only for residents and the decision's own."""
 
     def keys(self, blocks: Iterable[int]) -> Sequence[float]:
         """:meth:`key` of each of ``blocks``; to be overridden where one pass over all of them is quicker."""
         return [self.key(block) for block in blocks]
+
+    def order(self, blocks: Collection[int], recency: Sequence[int]) -> list[int]:
+        """``blocks`` in the order in which they leave; ``recency[block]`` grows with the last use and is distinct."""
+        if self.by_recency:
+            return sorted(blocks, key=recency.__getitem__)
+        places = map(recency.__getitem__, blocks)
+        return [block for _, _, block in sorted(zip(self.keys(blocks), places, blocks, strict=True))]
+
+    def admit(self, block: int) -> None:
+        """``block`` has come into the cache."""
 
     def forget(self, block: int) -> None:
         """``block`` has left the cache, or was used without being kept."""

@@ -150,7 +150,7 @@ class Script:
         self._layers, self._transfers = layers, {count: [*wanted] for count, wanted in (transfers or {}).items()}
         self._planned = 0
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, *, new_batch: bool = False) -> None:
         """Nothing is counted."""
 
     def plan_layer(self, layer: int, routing: Routing, predictions: Sequence[Sequence[int]] = ()) -> LayerPlan:

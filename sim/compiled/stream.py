@@ -1,0 +1,141 @@
+"""The stream that is replayed, as arrays, and how the kernels read an event of it.
+
+T rows, S passes, R runs, L layers, K experts a token, E experts a layer. *Event* s * L + l is layer l of pass s; a
+*decision* is an event under the atomic contract, and one use of a block under the serial one, counted from 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sim.compiled import jit, jit_allocating
+from sim.compiled.twin import Array, Cache
+from traces.schema import NOT_ROUTED
+
+AS_ROUTED, ASCENDING, SHUFFLED = range(3)
+
+
+class Stream(NamedTuple):
+    """The routing that is replayed."""
+
+    ids: Array  # uint16 [T, L, K]
+    rows: Array  # int64 [T], rows of ``ids`` in the order of the run; empty when they stand in it
+    offsets: Array  # int64 [S + 1], bounds of the passes in ``rows``; empty when each has one row
+    runs: Array  # int64 [R + 1], bounds of the runs: passes of one group and phase that follow each other
+    bins: Array  # int64 [R], row of the table of counts: 2 * group + phase
+    starts: Array  # uint8 [R], whether a new group begins with the run
+    scores: Array  # uint16 [T, L, E], the bits of float16, or empty
+    gates: Array  # uint16 [T, L, K], the bits of float16, or empty
+    halves: Array  # float64 [65536], the number that each pattern of bits stands for
+    weights: Array  # int64 [B], of a block, in the unit of the capacity
+    bytes: Array  # int64 [B], of a block
+
+
+@jit
+def mixed(seed: int, number: int, block: int) -> int:
+    """A pseudo-random number of 53 bits, by the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    z = np.uint64(seed) + np.uint64(number) * np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(block) * np.uint64(0xD1B54A32D192ED03)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.int64((z ^ (z >> np.uint64(31))) >> np.uint64(11))  # type: ignore[return-value]  # an int to its callers
+
+
+@jit
+def bounds(stream: Stream, step: int) -> tuple[int, int]:
+    """The places in ``rows`` that belong to a pass."""
+    if stream.offsets.size:
+        return stream.offsets[step], stream.offsets[step + 1]
+    return step, step + 1
+
+
+@jit
+def gather(stream: Stream, union: Array, counts: Array, step: int, layer: int) -> int:
+    """Fills ``union`` and ``counts`` with one event's blocks, in order of appearance; returns how many there are."""
+    ids, base = stream.ids, layer * counts.size
+    found = 0
+    first, last = bounds(stream, step)
+    for index in range(first, last):
+        row = stream.rows[index] if stream.rows.size else index
+        for rank in range(ids.shape[2]):
+            expert = ids[row, layer, rank]
+            if expert != NOT_ROUTED:
+                if counts[expert] == 0:
+                    union[found] = base + expert
+                    found += 1
+                counts[expert] += 1
+    return found
+
+
+@jit
+def arrange(union: Array, counts: Array, found: int, base: int, order: int, seed: int, event: int) -> None:
+    """Puts the first ``found`` blocks of ``union`` into ``order``; the shuffled one depends on seed and event."""
+    if found < 2 or order == AS_ROUTED:
+        return
+    _sort(union, counts, found, base)
+    if order == SHUFFLED:
+        for last in range(found - 1, 0, -1):
+            other = mixed(seed, event, last) % (last + 1)
+            union[last], union[other] = union[other], union[last]
+
+
+@jit
+def _sort(union: Array, counts: Array, found: int, base: int) -> None:
+    if found > 24:
+        found = 0
+        for expert in range(counts.size):
+            if counts[expert]:
+                union[found] = base + expert
+                found += 1
+        return
+    for index in range(1, found):
+        block, place = union[index], index
+        while place > 0 and union[place - 1] > block:
+            union[place] = union[place - 1]
+            place -= 1
+        union[place] = block
+
+
+@jit_allocating
+def next_uses(stream: Stream, blocks: int, serial: bool, order: int, seed: int) -> Array:
+    """For every use, in the order of a replay, the decision of the block's next one, -1 for none: int32 [uses]."""
+    layers, experts = stream.ids.shape[1], blocks // stream.ids.shape[1]
+    out = np.full(stream.ids.size, -1, np.int32)
+    last = np.full(blocks, -1, np.int64)
+    union, counts = np.empty(experts, np.int64), np.zeros(experts, np.int64)
+    uses = 0
+    for step in range(stream.runs[-1]):
+        for layer in range(layers):
+            event = step * layers + layer
+            found = gather(stream, union, counts, step, layer)
+            arrange(union, counts, found, layer * experts, order, seed, event)
+            for index in range(found):
+                block = union[index]
+                counts[block - layer * experts] = 0
+                if last[block] >= 0:
+                    out[last[block]] = uses if serial else event
+                last[block] = uses
+                uses += 1
+    return out[:uses]
+
+
+def empty_cache(blocks: int, layers: int, shared: bool) -> Cache:
+    """A cache in which nothing has ever been used."""
+    pools, experts = 1 if shared else layers, blocks // layers
+    return Cache(
+        resident=np.zeros(blocks, np.uint8),
+        recency=np.full(blocks, -1, np.int64),
+        mark=np.full(blocks, -1, np.int64),
+        members=np.zeros(blocks, np.int64),
+        place=np.zeros(blocks, np.int64),
+        size=np.zeros(pools, np.int64),
+        used=np.zeros(pools, np.int64),
+        left=np.full(blocks, -1, np.int64),
+        seen=np.zeros(blocks, np.uint8),
+        upcoming=np.full(blocks, -1, np.int64),
+        union=np.empty(experts, np.int64),
+        counts=np.zeros(experts, np.int64),
+        clock=np.zeros(2, np.int64),
+    )
