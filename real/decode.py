@@ -16,12 +16,13 @@ from real.routing import Replay
 from real.store import DeviceSlots, HostStore
 from sim.controller import ExpertShape, OffloadController, Predicted
 from sim.costs import Costs
+from sim.policies.base import Calibration
 from sim.results import RunResult
-from sim.run import build_controller, predictions_of, run_info
+from sim.run import build_controller, check_calibration, predictions_of, run_info
 from sim.systems import Budget, SystemSpec
 from traces.errors import InputError
 from traces.schema import Phase, Trace
-from traces.workload import Step, Workload, lock_step
+from traces.workload import Step, Workload, lock_step, router_scores
 
 
 @dataclass
@@ -78,6 +79,7 @@ def decode(
     budget: Budget,
     costs: Costs,
     *,
+    calibration: Calibration | None = None,
     batch: int = 1,
     max_new_tokens: int = 64,
     sampler: Sampler | None = None,
@@ -98,9 +100,10 @@ def decode(
         raise InputError(f"evict must be causal to decode prompts, got {system.evict} (replay a trace with it instead)")
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
+    check_calibration(system, calibration)
     loaded = machine.loaded
     collector = Collector(loaded, lookahead_depth=3 if full_trace else 0, scores=full_trace)
-    controller = _controller(loaded, system, budget, costs)
+    controller = _controller(loaded, system, budget, costs, calibration)
     tokens: list[list[int]] = []
     slots = machine.slots(controller.cache.total_slots)
     with Executor(loaded, controller, machine.device, machine.store, slots=slots, listeners=[collector]) as executor:
@@ -131,6 +134,7 @@ def replay(
     budget: Budget,
     costs: Costs,
     *,
+    calibration: Calibration | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Runs the tokens of a workload through the model with the workload's routing forced on it, and measures.
@@ -140,7 +144,7 @@ def replay(
     """
     trace, loaded = workload.trace, machine.loaded
     router = Replay(trace, loaded, device=machine.device.torch_device)
-    controller = build_controller(workload, system, budget, costs)
+    controller = build_controller(workload, system, budget, costs, calibration)
     guide = _Guide(router, workload, predictions_of(trace, system.lookahead_depth))
     with Executor(
         loaded,
@@ -150,6 +154,7 @@ def replay(
         slots=machine.slots(controller.cache.total_slots),
         listeners=[router],
         forecast=guide.forecast,
+        scores=guide.scores,
         steps=workload.steps,
     ) as executor:
         hooks = HookChain(guide, executor, _Progress(progress))
@@ -166,13 +171,15 @@ class _Guide:
 
     def __init__(self, router: Replay, workload: Workload, predictions: Callable[[Step], Sequence[object]]) -> None:
         self._router, self._steps, self._predictions = router, iter(workload.steps), predictions
+        self._trace = workload.trace
         self._batch_of = _lanes_of(workload)
         self._forecast: Sequence[object] = ()
+        self._step: Step
 
     def begin_step(
         self, step_index: int, phase: Phase, mask: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor
     ) -> None:
-        step = next(self._steps)
+        step = self._step = next(self._steps)
         self._router.begin_step(self._router.rows(self._batch_of[step.index], mask, positions))
         self._forecast = self._predictions(step)
 
@@ -182,6 +189,10 @@ class _Guide:
     def forecast(self, layer: int) -> Sequence[Sequence[int]]:
         """What the trace expected of the layers after ``layer``."""
         return self._forecast[layer]  # type: ignore[return-value]
+
+    def scores(self, layer: int) -> object:
+        """The router's scores of ``layer`` in the trace."""
+        return router_scores(self._trace, self._step.rows, layer)
 
 
 class _Progress:
@@ -197,11 +208,13 @@ class _Progress:
         self._progress()
 
 
-def _controller(loaded: LoadedModel, system: SystemSpec, budget: Budget, costs: Costs) -> OffloadController:
+def _controller(
+    loaded: LoadedModel, system: SystemSpec, budget: Budget, costs: Costs, calibration: Calibration | None
+) -> OffloadController:
     spec = loaded.spec
     shape = ExpertShape(spec.moe_layers, spec.experts, spec.top_k, spec.expert_bytes)
     predicted = Predicted(costs.gpu_expert_s, costs.cpu_expert_s, costs.copy_s(shape.expert_bytes))
-    return OffloadController(system, shape, budget, predicted)
+    return OffloadController(system, shape, budget, predicted, None, calibration)
 
 
 def _result(machine: Machine, executor: Executor, controller: OffloadController, workload: Workload) -> RunResult:

@@ -18,7 +18,7 @@ from real.device import Device, Work
 from real.generate import NO_TOKEN
 from real.kernels import Kernel, gated, kernel_for
 from real.models.load import LoadedModel
-from real.routing import RouteListener, RouterCall, RouterTap, lookahead
+from real.routing import RouteListener, RouterCall, RouterTap, lookahead, router_scores
 from real.store import DeviceSlots, HostStore
 from sim.controller import OffloadController
 from sim.logs import LayerRecord, RunLog
@@ -38,7 +38,8 @@ class Executor:
     """Stands in for the experts of a model for the time of a ``with`` block. One executor serves one run.
 
     Give it to ``generate`` as hooks. With ``forecast`` the predictions for the layers after a given one come from
-    there (routing replay); the later layers' routers are run all the same, because that is a part of the cost. With
+    there, and with ``scores`` a layer's router scores (routing replay); the later layers' routers are run, and the
+    model's own scores are read, all the same, because that is a part of the cost. With
     ``steps`` the forward passes are those of a known workload, and are written down under its sequence numbers.
     """
 
@@ -52,12 +53,15 @@ class Executor:
         slots: DeviceSlots | None = None,
         listeners: Sequence[RouteListener] = (),
         forecast: Callable[[int], Predictions] | None = None,
+        scores: Callable[[int], Any] | None = None,
         steps: Sequence[Step] | None = None,
     ) -> None:
         self.log = RunLog()
         self.slots = slots or DeviceSlots(store, controller.cache.total_slots, device.torch_device)
         self._loaded, self._controller, self._device, self._store = loaded, controller, device, store
-        self._forecast, self._known = forecast, steps
+        self._forecast, self._scores_at, self._known = forecast, scores, steps
+        self._scored = "scores" in controller.system.needs
+        self._scores: Any = None
         self._act = loaded.family.act_fn(loaded.config)
         self._routers = [layer.router for layer in loaded.layers]
         self._listeners = listeners
@@ -117,7 +121,11 @@ class Executor:
         self.log.step(step, start_s, end_s, end_s - records[-1].end_s, records)
 
     def on_route(self, call: RouterCall) -> None:
-        """Looks ahead from a router's input when the system needs it; never changes the choice."""
+        """Reads a router's scores and looks ahead from its input when the system needs it; never changes the choice."""
+        if self._scored:
+            scores = router_scores(call.logits)
+            real = scores if self._real is None else scores[self._real.cpu().numpy()]
+            self._scores = real.astype("float64") if self._scores_at is None else self._scores_at(call.layer)
         if not self._depth:
             return
         ids = lookahead(call.hidden, call.layer, self._depth, self._routers, call.ids.shape[-1])
@@ -132,7 +140,8 @@ class Executor:
         begun = self._device.mark()
         kernel = kernel_for(self.compute, hidden, ids, weights, self._real)
         self._poll()
-        plan = self._controller.plan_layer(layer, kernel.routing, self._predictions)
+        routing = kernel.routing._replace(scores=self._scores) if self._scored else kernel.routing
+        plan = self._controller.plan_layer(layer, routing, self._predictions)
         record = self._record = LayerRecord(self._book.index, layer)
         record.plan = plan
         works = self._submit(plan, kernel, record)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from real.generate import Sampler, generate, left_pad
 from real.models.load import DTYPES, LoadedModel
-from real.routing import RouterCall, RouterTap, lookahead
+from real.routing import RouterCall, RouterTap, lookahead, router_scores
 from traces import prompts as prompt_files
 from traces.errors import InputError
 from traces.prompts import Prompt
@@ -76,7 +76,7 @@ class Collector:
         self._add(rows, "expert_ids", ordered_ids)
         self._add(rows, "gates", gates.astype(np.float16))
         if self._with_scores:
-            self._add(rows, "scores", logits.float().softmax(dim=-1).half().cpu().numpy())
+            self._add(rows, "scores", router_scores(logits))
         if self._depth:
             ahead = lookahead(hidden, call.layer, self._depth, self._routers, ids.shape[-1])
             self._add(rows, "lookahead", ahead.cpu().numpy().astype(np.uint16))

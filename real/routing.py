@@ -145,6 +145,11 @@ class Replay:
         return rows[offsets]
 
 
+def router_scores(logits: Tensor) -> npt.NDArray[np.float16]:
+    """The softmax of a router's logits [T, E], as traces keep it: float16 [T, E]."""
+    return logits.float().softmax(dim=-1).half().cpu().numpy()
+
+
 def lookahead(hidden: Tensor, layer: int, depth: int, routers: Sequence[nn.Module], top_k: int) -> Tensor:
     """The experts that the next ``depth`` layers' routers would choose for layer ``layer``'s router input [T, H].
 

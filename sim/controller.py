@@ -15,7 +15,7 @@ from typing import Any
 from sim.cache import ExpertCache, Verdict
 from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation, operation_of
 from sim.policies import EVICTION, PLACEMENT, PREFETCH, EvictionPolicy, LayerView, PolicyContext
-from sim.policies.base import Future
+from sim.policies.base import Calibration, Future
 from sim.systems import Budget, SystemSpec
 from traces.workload import Routing
 
@@ -43,13 +43,20 @@ class OffloadController:
     """Applies a system's policies, layer by layer, and keeps the book of the cache."""
 
     def __init__(
-        self, system: SystemSpec, shape: ExpertShape, budget: Budget, predicted: Predicted, future: Future | None = None
+        self,
+        system: SystemSpec,
+        shape: ExpertShape,
+        budget: Budget,
+        predicted: Predicted,
+        future: Future | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         context = PolicyContext(
             shape.layers,
             shape.experts,
             shape.top_k,
             future,
+            calibration,
             capacity=budget.slots,
             weights=(1,) * shape.layers,
             shared=system.scope == "global",
@@ -63,6 +70,7 @@ class OffloadController:
             staging=budget.staging,
         )
         self._evict = EVICTION[system.evict](context)
+        self._scored = "scores" in self._evict.needs
         self._place = PLACEMENT[system.place](context)
         self._prefetch = PREFETCH[system.prefetch](context)
         self._predicted = predicted
@@ -134,8 +142,10 @@ class OffloadController:
         """Tells the policy of the event; returns block -> tokens, most tokens first, then the lowest id."""
         self._event += 1
         base = layer * self.shape.experts
-        experts, counts, assignments = routing
+        experts, counts, assignments, scores = routing
         blocks = [base + expert for expert in experts]
+        if self._scored:
+            self._evict.observe_scores(layer, scores)
         self._evict.observe(self._event, blocks, counts)
         if assignments == len(blocks):
             return dict.fromkeys(blocks, 1)

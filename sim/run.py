@@ -13,36 +13,49 @@ import numpy as np
 from sim.controller import ExpertShape, OffloadController, Predicted
 from sim.costs import Costs
 from sim.engine import Engine, Predictions
+from sim.policies.base import Calibration
 from sim.results import RunInfo, RunResult
 from sim.systems import Budget, SystemSpec
 from traces.errors import InputError
 from traces.schema import NOT_ROUTED, Trace
-from traces.workload import Routing, Step, Workload, next_uses, routings
+from traces.workload import Routing, Step, Workload, next_uses, router_scores, routings
 
 
-def build_controller(workload: Workload, system: SystemSpec, budget: Budget, costs: Costs) -> OffloadController:
+def build_controller(
+    workload: Workload, system: SystemSpec, budget: Budget, costs: Costs, calibration: Calibration | None = None
+) -> OffloadController:
     """The controller of a run whose routing is ``workload``; either clock may run it.
 
-    Raises :class:`InputError` when the trace lacks what the system's policies need.
+    ``calibration`` is the trace that fitted policies learn from. Raises :class:`InputError` when the trace, or the
+    caller, does not give what the system's policies need.
     """
     header = workload.trace.header
-    check_needs(workload.trace, system)
+    check_needs(workload.trace, system, calibration)
     sizes = set(header.expert_bytes)
     if len(sizes) > 1:
         raise InputError(f"expert_bytes must be equal in all layers to run a trace, got {sorted(sizes)}")
     shape = ExpertShape(header.layers, header.experts, header.top_k, sizes.pop())
     predicted = Predicted(costs.gpu_expert_s, costs.cpu_expert_s, costs.copy_s(shape.expert_bytes))
     future = next_uses(workload) if "future" in system.needs else None
-    return OffloadController(system, shape, budget, predicted, future)
+    return OffloadController(system, shape, budget, predicted, future, calibration)
 
 
-def check_needs(trace: Trace, system: SystemSpec) -> None:
-    """Raises :class:`InputError` unless ``trace`` has what the policies of ``system`` ask for."""
+def check_needs(trace: Trace, system: SystemSpec, calibration: Calibration | None = None) -> None:
+    """Raises :class:`InputError` unless ``trace`` and ``calibration`` give what the policies of ``system`` ask for."""
+    check_calibration(system, calibration)
+    if "scores" in system.needs and trace.scores is None and trace.gates is None:
+        raise InputError(f"trace must have the router's scores, or at least gates, for {system.evict}, got neither")
     if trace.lookahead_depth < system.lookahead_depth:
         raise InputError(
             f"trace must have look-ahead of depth {system.lookahead_depth} for prefetch {system.prefetch}, "
             f"got depth {trace.lookahead_depth}"
         )
+
+
+def check_calibration(system: SystemSpec, calibration: Calibration | None) -> None:
+    """Raises :class:`InputError` when a policy of ``system`` has to be fitted, and there is nothing to fit it to."""
+    if "calibration" in system.needs and calibration is None:
+        raise InputError(f"calibration must be given for {system.evict}, a trace apart from the one that is run")
 
 
 def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
@@ -63,12 +76,17 @@ def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
     return of_step
 
 
-def routings_of(workload: Workload) -> Callable[[Step], list[Routing]]:
-    """For a step: the routing of every layer, as :func:`traces.workload.routings` gives it.
+def routings_of(workload: Workload, *, scored: bool = False) -> Callable[[Step], list[Routing]]:
+    """For a step: the routing of every layer, as :func:`traces.workload.routings` gives it, with scores if asked for.
 
     Steps of one token, which are most of a run, are sorted together beforehand.
     """
     trace = workload.trace
+    if scored:
+        return lambda step: [
+            routing._replace(scores=router_scores(trace, step.rows, layer))
+            for layer, routing in enumerate(routings(trace, step))
+        ]
     width = trace.header.top_k
     single = [step for step in workload if len(step.rows) == 1]
     rows = np.array([step.rows[0] for step in single], dtype=np.int64)
@@ -82,7 +100,7 @@ def routings_of(workload: Workload) -> Callable[[Step], list[Routing]]:
         index = place.get(step.index)
         if index is None:
             return routings(trace, step)
-        return [routing_of((tuple(experts), ones, width)) for experts in chosen[index].tolist()]
+        return [routing_of((tuple(experts), ones, width, None)) for experts in chosen[index].tolist()]
 
     return of_step
 
@@ -101,18 +119,21 @@ def simulate(
     costs: Costs,
     *,
     hardware: str,
+    calibration: Calibration | None = None,
     events: bool = True,
     operations: bool = True,
     progress: Callable[[], None] = lambda: None,
 ) -> RunResult:
-    """Runs ``workload`` in simulated time. ``hardware`` names the machine that ``costs`` describe.
+    """Runs ``workload`` in simulated time. ``hardware`` names the machine that ``costs`` describe, ``calibration`` the
+    trace that fitted policies learn from.
 
     Without ``events`` and ``operations`` these two long tables stay empty, which is quicker: for sweeps.
     """
-    controller = build_controller(workload, system, budget, costs)
+    controller = build_controller(workload, system, budget, costs, calibration)
     engine = Engine(controller, costs, events=events, operations=operations)
     predictions = predictions_of(workload.trace, system.lookahead_depth)
-    engine.run(workload.steps, routings_of(workload), predictions, progress)
+    routing = routings_of(workload, scored="scores" in system.needs)
+    engine.run(workload.steps, routing, predictions, progress)
     info = run_info("simulated", workload, controller, hardware=hardware, packages=("numpy", "simpy"))
     return engine.log.result(info.model_copy(update={"costs": costs.name, "notes": costs.notes}))
 

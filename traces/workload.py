@@ -124,6 +124,19 @@ class Routing(NamedTuple):
     experts: tuple[int, ...]  # the union, ascending
     counts: tuple[int, ...]  # tokens of each of them, in the same order
     assignments: int  # pairs of token and expert
+    scores: Any = None  # float64 [n, E], the router's softmax, where a policy asks for it
+
+
+def router_scores(trace: Trace, rows: Array, layer: int) -> Array:
+    """The router's scores for ``rows`` in ``layer``, float64 [n, E]; from the gates of the chosen experts, and 0 for
+    the others, where the trace has no full scores."""
+    if trace.scores is not None:
+        return np.asarray(trace.scores[rows, layer], dtype=np.float64)
+    scores = np.zeros((len(rows), trace.header.experts + 1))
+    if trace.gates is not None:
+        ids = np.minimum(trace.expert_ids[rows, layer], trace.header.experts)
+        np.put_along_axis(scores, ids.astype(np.int64), trace.gates[rows, layer], axis=1)
+    return scores[:, :-1]
 
 
 def routings(trace: Trace, step: Step) -> list[Routing]:
