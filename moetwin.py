@@ -41,6 +41,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "models": Entry("sim.cli:models_app", "The catalogue of models: dimensions, bytes, and their sources."),
     "hardware": Entry("sim.cli:hardware_app", "The catalogue of machines: rates, fixed costs, and their sources."),
+    "cache": Entry("analysis.cli_cache:app", "Replay a trace under cache policies, without a clock."),
     "simulate": Entry("sim.cli_run:simulate", "Replay a trace in simulated time."),
     "decode": Entry("real.cli_run:decode", "Decode prompts for real, with only part of the experts on the device."),
     "calibrate": Entry("real.cli_run:calibrate", "Measure this machine, and write its hardware profile."),

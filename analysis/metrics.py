@@ -5,6 +5,7 @@ A ratio whose denominator is empty is not a number (nan), never zero: nothing wa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,17 @@ Floats = npt.NDArray[np.float64]
 def ratio(part: float, whole: float) -> float:
     """``part / whole``, or nan when ``whole`` is zero."""
     return float(part) / float(whole) if whole else float("nan")
+
+
+def gap_closed(policies: Sequence[str], hit_ratios: Sequence[float]) -> list[float]:
+    """The share of the way from the hit ratio of ``lru`` to that of ``belady`` that each policy has come.
+
+    Hits are by union: there Belady is the bound. It is 0 for ``lru``, 1 for ``belady``, and below 0 for what hits less
+    than ``lru``; nan where one of the two is missing, or Belady hits no more.
+    """
+    ratio_of = dict(zip(policies, hit_ratios, strict=True))
+    least, bound = (ratio_of.get(name, float("nan")) for name in ("lru", "belady"))
+    return [ratio(one - least, bound - least) if bound > least else float("nan") for one in hit_ratios]
 
 
 def hit_ratio_union(counts: pd.DataFrame) -> float:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from sim.spec import HardwareSpec, ModelSpec, catalogue
+from sim.spec import BITS_PER_WEIGHT, HardwareSpec, ModelSpec, catalogue
+from sim.spec.overrides import handy
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="Your own number in place of one, as NAME=VALUE. Repeatable.")
+]
 
 models_app = typer.Typer(help="The catalogue of models: dimensions, bytes, and their sources.", no_args_is_help=True)
 hardware_app = typer.Typer(
@@ -46,26 +49,37 @@ def list_models(as_json: AsJson = False) -> None:
 
 @models_app.command("show")
 def show_model(
-    name: Annotated[str, typer.Argument(help="A name of `moetwin models list`.")],
+    name: Annotated[str, typer.Argument(help="A name of `moetwin models list`, or a TOML file.")],
+    changes: Changes = None,
     as_json: AsJson = False,
 ) -> None:
     """Show every number of one model, and where it was read.
 
-    Example: moetwin models show olmoe-1b-7b
+    Examples:
+
+      moetwin models show olmoe-1b-7b
+
+      moetwin models show deepseek-v2-lite --set expert_bits=4.5
+
+      moetwin models show mine.toml
     """
-    record = _model_record(catalogue.model(name))
+    spec = catalogue.overridden_model(catalogue.find_model(name), catalogue.settings_of(changes or (), "set"))
+    record = _model_record(spec)
     if as_json:
         _print_json(record)
         return
     table = _table("field", "value")
     for field, value in record.items():
         table.add_row(field, _shown(value))
+    table.add_section()
+    for quant in BITS_PER_WEIGHT:
+        table.add_row(f"expert_bytes in {quant}", _shown(spec.with_experts_in(quant).expert_bytes))
     Console().print(table)
 
 
 @hardware_app.command("list")
 def list_hardware(as_json: AsJson = False) -> None:
-    """List the machines, and the parts that others can be composed of as gpu+cpu+link.
+    """List the machines, and the parts that others can be composed of as gpu+cpu+link, with +host or +disk after it.
 
     Example: moetwin hardware list
     """
@@ -88,29 +102,47 @@ def show_hardware(
     name: Annotated[
         str, typer.Argument(help="A name of `moetwin hardware list`, gpu+cpu+link of its parts, or a TOML file.")
     ],
+    changes: Changes = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show every number of one machine, and where it comes from.
+    """Show every number of one machine, how to change it, and where it comes from. A part may be a TOML file.
 
-    Examples: moetwin hardware show a6000-xeon5220r
+    Examples:
 
-    moetwin hardware show rtx4090+xeon6330+pcie4-x16
+      moetwin hardware show a6000-xeon5220r
+
+      moetwin hardware show rtx4090+xeon6330+pcie4-x16+nvme-pcie4
+
+      moetwin hardware show rtx4090-pcie4 --set link.gb_per_s=12 --set regime=graph
     """
-    spec = machine_of(name)
+    spec = catalogue.overridden(machine_of(name), catalogue.settings_of(changes or (), "set"))
     if as_json:
         _print_json(spec.model_dump())
         return
-    table = _table("part", "field", "value")
-    for part, value in spec.model_dump().items():
-        for field, number in value.items() if isinstance(value, dict) else [("", value)]:
-            table.add_row(part, field, _shown(number))
+    table = _table("part", "field", "value", "to change it")
+    table.columns[1].no_wrap = table.columns[3].no_wrap = True
+    for part, value in spec.model_dump(exclude_none=True).items():
+        fields = value if isinstance(value, dict) else {"": value}
+        for field, number in fields.items():
+            table.add_row(part, field, _shown(number), _setting(part, field, number))
         table.add_section()
     Console().print(table)
 
 
 def machine_of(name: str) -> HardwareSpec:
-    """The machine that a user names: a file of theirs, or one of the catalogue."""
-    return catalogue.load_hardware_file(Path(name)) if name.endswith(".toml") else catalogue.hardware(name)
+    """The machine that a user names: a file of theirs, one of the catalogue, or one composed of parts."""
+    return catalogue.find_hardware(name)
+
+
+def _setting(part: str, field: str, value: object) -> str:
+    """What ``--set`` is told to give a field the value that it has; empty for what cannot be set."""
+    if field in ("name", "source") or (not field and part != "regime"):
+        return ""
+    name, scale = handy(field)
+    shown = str(value).lower()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        shown = f"{value / scale:g}"
+    return f"{part}.{name}={shown}" if field else f"{part}={shown}"
 
 
 def _model_record(spec: ModelSpec) -> dict[str, Any]:
@@ -127,9 +159,9 @@ def _machine_cells(spec: HardwareSpec) -> list[str]:
     return [
         f"{spec.gpu.memory_bytes / 1e9:.0f}",
         f"{spec.gpu.bytes_per_s / 1e9:.0f}",
-        f"{spec.cpu.bytes_per_s / 1e9:.0f}",
+        f"{spec.cpu.reached_bytes_per_s / 1e9:.0f}",
         spec.link.name,
-        f"{spec.link.bytes_per_s / 1e9:.1f}",
+        f"{spec.link.reached_bytes_per_s / 1e9:.1f}",
     ]
 
 

@@ -41,7 +41,8 @@ def simulate(
     hardware: Annotated[
         str | None,
         typer.Option(
-            help=f"A machine of `moetwin hardware list`, gpu+cpu+link, or a TOML file.  [default: {REFERENCE_MACHINE}]"
+            help="A machine of `moetwin hardware list`, gpu+cpu+link, or a TOML file.",
+            show_default=REFERENCE_MACHINE,
         ),
     ] = None,
     profile: Annotated[

@@ -5,11 +5,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Protocol
 
+from sim.spec.compute_table import ComputeTable
 from sim.spec.hardware import HardwareSpec, HostSpec
 from sim.spec.model import ModelSpec
+from traces.errors import InputError
+
+SHARERS = frozenset({"cpu", "link"})
+"""Resources that draw on the host's memory."""
 
 DENSE_KERNELS, EXPERT_KERNELS = 12, 3
-"""Kernels that an eager layer launches outside its experts, and for one expert [I]: counted from the modules' code."""
+"""Kernels of a layer outside its experts, and of one expert [I]: counted from the modules' code."""
 
 
 class Costs(Protocol):
@@ -47,15 +52,18 @@ class Costs(Protocol):
 class RooflineCosts:
     """Costs from catalogue numbers: time = max(FLOPs / rate, bytes / bandwidth) + fixed costs.
 
-    Rates are the nominal ones times the named efficiencies of the specs. A multiply-add counts as two FLOPs.
+    An expert is so bound by memory for few tokens and by arithmetic for many, on the GPU as on the CPU. Rates are the
+    nominal ones times the named efficiencies of the specs. A multiply-add counts as two FLOPs. Latent attention is
+    counted as if its cache were expanded. Every fixed cost is a field of the specs, and 0 switches it off.
     """
 
     def __init__(self, model: ModelSpec, hardware: HardwareSpec) -> None:
-        self.name = f"roofline {model.name} on {hardware.name}"
-        self.model, self.hardware, self.host = model, hardware, hardware.host
-        gpu = hardware.gpu
-        self._gpu_bytes_per_s = gpu.bytes_per_s * gpu.memory_efficiency
-        self._gpu_flops_per_s = gpu.flops_per_s * gpu.compute_efficiency
+        regime = "" if hardware.regime == "eager" else f", {hardware.regime}-captured"
+        self.name = f"roofline {model.name} on {hardware.name}{regime}"
+        self.model, self.hardware, self.host = model, hardware, hardware.dispatching_host
+        cpu = hardware.cpu
+        takes_int8 = cpu.int8_ops_per_s > 0 and model.expert_bits <= 8
+        self._cpu_flops_per_s = cpu.int8_ops_per_s if takes_int8 else cpu.reached_flops_per_s
 
     @cache  # noqa: B019 - a run keeps its one costs object alive anyway
     def dense_s(self, tokens: int, context: int) -> float:
@@ -64,26 +72,33 @@ class RooflineCosts:
     @cache  # noqa: B019
     def head_s(self, tokens: int, context: int) -> float:
         model = self.model
-        dense_layers = model.layers - model.moe_layers
-        elements = model.attention_elements + 3 * model.hidden * model.dense_width
         matrix = model.hidden * model.vocab
         head = self._gpu_s(2.0 * tokens * matrix, matrix * model.bytes_per_element, 2)
-        return head + self._layers_s(dense_layers, elements, tokens, context)
+        return head + self._layers_s(model.layers - model.moe_layers, model.dense_layer_elements, tokens, context)
 
     @cache  # noqa: B019
     def gpu_expert_s(self, tokens: int) -> float:
         model = self.model
-        return self._gpu_s(2.0 * tokens * model.expert_elements, model.expert_bytes, EXPERT_KERNELS)
+        work_s = self._gpu_s(2.0 * tokens * model.expert_elements, model.expert_bytes, EXPERT_KERNELS)
+        return work_s + self.hardware.gpu.expert_fixed_s
 
     @cache  # noqa: B019
     def cpu_expert_s(self, tokens: int, first: bool) -> float:
         model, cpu = self.model, self.hardware.cpu
-        work_s = max(2.0 * tokens * model.expert_elements / cpu.flops_per_s, model.expert_bytes / cpu.bytes_per_s)
-        return work_s + cpu.expert_fixed_s + (cpu.first_expert_s if first else 0.0)
+        flops_s = 2.0 * tokens * model.expert_elements / self._cpu_flops_per_s
+        work_s = max(flops_s, model.expert_bytes / cpu.reached_bytes_per_s) + cpu.expert_fixed_s
+        return work_s + (cpu.handoff_s + cpu.first_expert_s if first else 0.0)
 
     @cache  # noqa: B019
     def copy_s(self, size_bytes: int) -> float:
-        return self.hardware.link.latency_s + size_bytes / self.hardware.link.bytes_per_s
+        return self.hardware.link.latency_s + size_bytes / self.hardware.link.reached_bytes_per_s
+
+    def read_s(self, size_bytes: int) -> float:
+        """One read from the disk; raises :class:`InputError` for a machine without one."""
+        disk = self.hardware.disk
+        if disk is None:
+            raise InputError(f"hardware must have a disk to read experts from, got {self.hardware.name}")
+        return disk.latency_s + size_bytes / disk.bytes_per_s
 
     @property
     def notes(self) -> list[str]:
@@ -95,12 +110,19 @@ class RooflineCosts:
         return depth * self._gpu_s(0.0, router_bytes, 2)
 
     def slowdown(self, resource: str, others: frozenset[str]) -> float:
-        """Always 1: the catalogue has no measured contention."""
-        return 1.0
+        """CPU experts and copies that together ask for more than the host's memory gives wait in proportion.
+
+        Taken as if a CPU expert always asked for its full bandwidth, which is so for few tokens.
+        """
+        shared = self.hardware.cpu.shared_bytes_per_s
+        if not shared or {resource, *others} & SHARERS != SHARERS or resource not in SHARERS:
+            return 1.0
+        return max(1.0, (self.hardware.cpu.reached_bytes_per_s + self.hardware.link.reached_bytes_per_s) / shared)
 
     def _gpu_s(self, flops: float, size_bytes: float, kernels: int) -> float:
-        launch_s = kernels * self.hardware.gpu.launch_s
-        return max(flops / self._gpu_flops_per_s, size_bytes / self._gpu_bytes_per_s) + launch_s
+        gpu = self.hardware.gpu
+        work_s = max(flops / gpu.reached_flops_per_s, size_bytes / gpu.reached_bytes_per_s)
+        return work_s + kernels * self.hardware.kernel_s
 
     def _layers_s(self, layers: int, elements: int, tokens: int, context: int) -> float:
         model = self.model
@@ -108,3 +130,29 @@ class RooflineCosts:
         kv_bytes = context * model.kv_bytes_per_token / model.layers
         size_bytes = elements * model.bytes_per_element + kv_bytes
         return layers * self._gpu_s(2.0 * tokens * elements + attention, size_bytes, DENSE_KERNELS)
+
+
+class TableCosts(RooflineCosts):
+    """A roofline whose GPU experts come from a measured table of whole layers.
+
+    An expert of n tokens takes a k-th of a layer in which n tokens all choose the same k experts: the table's time for
+    n tokens and k activated experts, divided by k, the model's top-k. Launches are in it, whatever the regime.
+    """
+
+    def __init__(self, model: ModelSpec, hardware: HardwareSpec, table: ComputeTable) -> None:
+        super().__init__(model, hardware)
+        self.name = f"{self.name}, GPU experts from {table.name}"
+        self.table = table
+        self._most_tokens = 0
+
+    @cache  # noqa: B019
+    def gpu_expert_s(self, tokens: int) -> float:
+        self._most_tokens = max(self._most_tokens, tokens)
+        return self.table.layer_s(tokens, self.model.top_k) / self.model.top_k
+
+    @property
+    def notes(self) -> list[str]:
+        """What was asked beyond the largest batch that was measured, where time is taken in proportion."""
+        if self._most_tokens <= self.table.most_tokens:
+            return []
+        return [f"{self.table.name} was asked for {self._most_tokens} tokens, measured to {self.table.most_tokens}"]

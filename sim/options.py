@@ -15,12 +15,14 @@ from sim.spec import catalogue
 from sim.systems import SystemSpec
 from traces.errors import InputError
 
-Evict = Annotated[str, typer.Option(help="Who leaves the cache: lru, lfu, or belady (knows the future).")]
+Evict = Annotated[
+    str, typer.Option(help="Who leaves the cache: lru, lfu, lfru, mrs... (`moetwin cache policies` lists all).")
+]
 Place = Annotated[str, typer.Option(help="Where a missing expert runs: fetch, or cpu-on-miss.")]
 Prefetch = Annotated[str, typer.Option(help="What is copied ahead: none, or next-router.")]
 Scope = Annotated[str, typer.Option(help="layer: each layer has its own slots; global: all share one pool.")]
 Cache = Annotated[
-    str | None, typer.Option(help="Experts that fit on the GPU: a share such as 25%, or slots.  [default: 25%]")
+    str | None, typer.Option(help="Experts that fit on the GPU: a share such as 25%, or slots.", show_default="25%")
 ]
 GpuMemory = Annotated[str | None, typer.Option(help="GPU memory to fit into, such as 8GiB, instead of --cache.")]
 Synchronous = Annotated[bool, typer.Option("--synchronous", help="One operation at a time, demand only (for parity).")]

@@ -60,7 +60,7 @@ class Budget(BaseModel):
     staging: PositiveInt = STAGING_SLOTS
 
 
-def parse_capacity(text: str, *, layers: int, experts: int, scope: str = "layer") -> Budget:
+def parse_capacity(text: str, *, layers: int, experts: int, scope: str = "layer", field: str = "cache") -> Budget:
     """Reads a capacity such as ``25%``, ``12.5%`` or ``8`` (slots a layer; of the whole pool when global).
 
     A percentage means floor(f * experts). Raises :class:`InputError` for 0, above 100 %, or less than one expert.
@@ -68,13 +68,13 @@ def parse_capacity(text: str, *, layers: int, experts: int, scope: str = "layer"
     pool = experts * (layers if scope == "global" else 1)
     match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(%?)\s*", text)
     if not match:
-        raise InputError(f"cache must be a number of slots or a percentage, got {text!r}")
+        raise InputError(f"{field} must be a number of slots or a percentage, got {text!r}")
     number, percent = Fraction(match[1]), bool(match[2])
     if not percent and number.denominator != 1:
-        raise InputError(f"cache must be a whole number of slots (or carry a %), got {text!r}")
+        raise InputError(f"{field} must be a whole number of slots (or carry a %), got {text!r}")
     slots = math.floor(pool * number / 100 if percent else number)
     if not 1 <= slots <= pool or (percent and number > 100):
-        raise InputError(f"cache must be between 1 and {pool} slots, got {text.strip()} which is {slots}")
+        raise InputError(f"{field} must be between 1 and {pool} slots, got {text.strip()} which is {slots}")
     return Budget(slots=slots)
 
 

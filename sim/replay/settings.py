@@ -31,7 +31,7 @@ class Capacity:
     @classmethod
     def slots(cls, text: str, header: TraceHeader, scope: Scope) -> Capacity:
         """Reads ``25%`` or ``8``: floor(f * experts), of the whole pool when global."""
-        budget = parse_capacity(text, layers=header.layers, experts=header.experts, scope=scope)
+        budget = parse_capacity(text, layers=header.layers, experts=header.experts, scope=scope, field="capacity")
         return cls(budget.slots, "slots", text.strip())
 
     @classmethod

@@ -1,31 +1,44 @@
-"""The catalogues: models and machines by name, and a user's own machine from a file."""
+"""The catalogues: models and machines by name, and a user's own from files, alone or among the catalogue's parts."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
-from sim.spec.hardware import CpuSpec, GpuSpec, HardwareSpec, HostSpec, LinkSpec
+from sim.spec.faults import CatalogueError, first_fault
+from sim.spec.hardware import HardwareSpec
 from sim.spec.model import ModelSpec
+from sim.spec.overrides import PARTS, Spec, marked, overridden, overridden_model, settings_of
 from traces.errors import InputError, unknown_name
 
-Part = TypeVar("Part", GpuSpec, CpuSpec, LinkSpec)
+__all__ = [
+    "PART_KINDS",
+    "REFERENCE_MACHINE",
+    "CatalogueError",
+    "find_hardware",
+    "find_model",
+    "first_fault",
+    "hardware",
+    "hardware_names",
+    "load_hardware_file",
+    "model",
+    "model_names",
+    "overridden",
+    "overridden_model",
+    "part_names",
+    "settings_of",
+]
 
 DEFAULT_HOST = "python"
 REFERENCE_MACHINE = "rtx4090-epyc9374f"
 """The machine that is meant where a user names none."""
-PART_KINDS = ("gpu", "cpu", "link", "host")
+PART_KINDS = tuple(PARTS)
 """The parts of a machine, in the order in which a composed name gives them."""
-
-
-class CatalogueError(InputError):
-    """A hardware file cannot be read as a machine; the message names the file, the field and the rule."""
 
 
 def model_names() -> list[str]:
@@ -35,23 +48,26 @@ def model_names() -> list[str]:
 
 def model(name: str) -> ModelSpec:
     """The catalogue's model called ``name``; raises an :class:`InputError` with the near names when unknown."""
-    table = _table("models.toml")
-    if name not in table:
-        raise unknown_name("model", name, table)
-    return ModelSpec(name=name, **table[name])
+    return ModelSpec(name=name, **_model_fields(name))
 
 
 def find_model(name: str) -> ModelSpec:
     """The catalogue's model called ``name``, or, when it ends in ``.toml``, the one that this file describes.
 
-    The file holds the fields of :class:`ModelSpec` at its top level. Raises :class:`InputError`.
+    The file holds the fields of :class:`ModelSpec` at its top level. With ``like = "NAME"`` it takes over those that it
+    leaves out from the catalogue's model NAME. Raises :class:`InputError`.
     """
     if not name.endswith(".toml"):
         return model(name)
-    try:
-        return ModelSpec.model_validate(_read_toml(Path(name), "model"))
-    except ValidationError as error:
-        raise CatalogueError(f"{name}: {first_fault(error)}") from error
+    fields = _read_toml(Path(name), "model")
+    like = fields.pop("like", None)
+    if like is not None:
+        if like not in model_names():
+            raise CatalogueError(f"{name}: {unknown_name('like', str(like), model_names())}")
+        own = [field for field in fields if field not in ("name", "source")]
+        base = _model_fields(like)
+        fields = {**base, "source": marked(f"as {like}: {base['source']}", own), **fields}
+    return _validated(ModelSpec, fields, Path(name))
 
 
 def hardware_names() -> list[str]:
@@ -66,30 +82,101 @@ def part_names(kind: str) -> list[str]:
     return list(_table("hardware.toml")[kind])
 
 
-def hardware(name: str) -> HardwareSpec:
-    """A machine of the catalogue, or one composed as ``gpu+cpu+link`` or ``gpu+cpu+link+host`` of its parts.
+def find_hardware(name: str) -> HardwareSpec:
+    """The machine that a user names: one of the catalogue, one composed of parts, or, with ``.toml``, a file of theirs.
 
-    Raises an :class:`InputError` with the near names when the machine, or one of the parts, is unknown.
+    Raises :class:`InputError` as :func:`hardware` and :func:`load_hardware_file` do.
+    """
+    whole = name.endswith(".toml") and ("+" not in name or Path(name).exists())
+    return load_hardware_file(Path(name)) if whole else hardware(name)
+
+
+def hardware(name: str) -> HardwareSpec:
+    """A machine of the catalogue, or one composed of parts as ``gpu+cpu+link``, with ``+host`` or ``+disk`` after it.
+
+    A part is a name of the catalogue, or a TOML file with the part's fields at its top level. Raises an
+    :class:`InputError` with the near names when the machine, or one of the parts, is unknown.
     """
     machines = _table("hardware.toml")["machine"]
     if "+" in name:
         return _composed(name)
     if name not in machines:
         raise unknown_name("hardware", name, machines)
-    chosen = machines[name]
-    parts = [chosen.get(kind, DEFAULT_HOST) for kind in PART_KINDS]
-    return _assembled(name, parts, source=chosen["source"])
+    return _assembled({"name": name, **machines[name]}, Path())
 
 
 def load_hardware_file(path: Path) -> HardwareSpec:
     """Reads a whole machine from a TOML file: ``name`` and the tables ``[gpu]``, ``[cpu]``, ``[link]``, ``[host]``.
 
-    Raises :class:`CatalogueError` that names the file and what is wrong with it.
+    In place of a table may stand the name of a part of the catalogue (``gpu = "rtx4090"``), or of a file beside this
+    one. Raises :class:`CatalogueError` that names the file and what is wrong with it.
     """
+    fields = _read_toml(path, "hardware")
     try:
-        return HardwareSpec.model_validate(_read_toml(path, "hardware"))
+        return _assembled(fields, path)
+    except CatalogueError:
+        raise
+    except InputError as error:
+        raise CatalogueError(f"{path}: {error}") from error
+
+
+def _composed(name: str) -> HardwareSpec:
+    parts = name.split("+")
+    if not 3 <= len(parts) <= 5:
+        raise InputError(f"hardware must be a machine, or gpu+cpu+link with +host or +disk after it, got {name!r}")
+    fields: dict[str, Any] = dict(zip(PART_KINDS, parts[:3], strict=False))
+    for part in parts[3:]:
+        kind = "disk" if _is_disk(part) else "host"
+        if kind in fields:
+            raise InputError(f"hardware must have one {kind}, got {fields[kind]!r} and {part!r}")
+        fields[kind] = part
+    return _assembled({"name": name, "source": "composed by the user", **fields}, Path())
+
+
+def _is_disk(part: str) -> bool:
+    """Whether a part after gpu, cpu and link is a disk: a host has no bandwidth."""
+    if part.endswith(".toml"):
+        return "bytes_per_s" in _read_toml(Path(part), "part")
+    return part in _table("hardware.toml")["disk"]
+
+
+def _assembled(fields: dict[str, Any], path: Path) -> HardwareSpec:
+    """The machine of ``fields``, with parts that are named, and not spelt out, put in; files are sought beside
+    ``path``, which an error names unless it is empty."""
+    fields = {"host": DEFAULT_HOST, **fields}
+    for kind in PART_KINDS:
+        if isinstance(fields.get(kind), str):
+            fields[kind] = _part(kind, fields[kind], path.parent)
+    return _validated(HardwareSpec, fields, path)
+
+
+def _part(kind: str, name: str, folder: Path) -> Any:
+    """The part that ``name`` means, a file in ``folder`` or the catalogue's."""
+    named = {} if kind == "host" else {"name": Path(name).stem if name.endswith(".toml") else name}
+    if name.endswith(".toml"):
+        path = folder / name
+        return _validated(PARTS[kind], {**named, **_read_toml(path, kind)}, path)
+    known = _table("hardware.toml")[kind]
+    if name not in known:
+        raise unknown_name(kind, name, known)
+    return PARTS[kind].model_validate({**named, **known[name]})
+
+
+def _validated(build: type[Spec], fields: dict[str, Any], path: Path) -> Spec:
+    try:
+        return build.model_validate(fields)
     except ValidationError as error:
         raise CatalogueError(f"{path}: {first_fault(error)}") from error
+
+
+def _model_fields(name: str) -> dict[str, Any]:
+    """The table of a model, complete: what it takes over from another is put in."""
+    table = _table("models.toml")
+    if name not in table:
+        raise unknown_name("model", name, table)
+    own = dict(table[name])
+    like = own.pop("like", None)
+    return own if like is None else {**table[like], **own}
 
 
 def _read_toml(path: Path, kind: str) -> dict[str, Any]:
@@ -101,60 +188,6 @@ def _read_toml(path: Path, kind: str) -> dict[str, Any]:
         raise CatalogueError(f"{kind} file must be TOML, got {path} ({error})") from error
 
 
-def first_fault(error: ValidationError) -> str:
-    """The first fault that pydantic found, as one line of the form ``FIELD must RULE, got VALUE``."""
-    fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    field, message, value = where or error.title, fault["msg"], fault["input"]
-    if fault["type"] == "value_error":
-        own = message.removeprefix("Value error, ")
-        return own if " must " in own else f"{field} must be valid ({own}), got {_short(value)}"
-    if fault["type"] == "missing":
-        return f"{field} must be given, got nothing"
-    if fault["type"] == "extra_forbidden":
-        return f"{field} must be left out (no such field), got {_short(value)}"
-    _, _, rule = message.partition(" should ")
-    return f"{field} must {rule or f'be valid ({message})'}, got {_short(value)}"
-
-
-def _short(value: object, limit: int = 60) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
 @cache
 def _table(file: str) -> dict[str, Any]:
     return tomllib.loads(files("sim.spec").joinpath(file).read_text(encoding="utf-8"))
-
-
-def _composed(name: str) -> HardwareSpec:
-    parts = name.split("+")
-    if len(parts) not in (3, 4):
-        raise InputError(f"hardware must be a machine, gpu+cpu+link or gpu+cpu+link+host, got {name!r}")
-    if len(parts) == 3:
-        parts = [*parts, DEFAULT_HOST]
-    return _assembled(name, parts, source="composed by the user")
-
-
-def _assembled(name: str, parts: list[str], source: str) -> HardwareSpec:
-    gpu, cpu, link, host = parts
-    return HardwareSpec(
-        name=name,
-        source=source,
-        gpu=_part("gpu", gpu, GpuSpec),
-        cpu=_part("cpu", cpu, CpuSpec),
-        link=_part("link", link, LinkSpec),
-        host=HostSpec(**_entry("host", host)),
-    )
-
-
-def _part(kind: str, name: str, build: Callable[..., Part]) -> Part:
-    return build(name=name, **_entry(kind, name))
-
-
-def _entry(kind: str, name: str) -> dict[str, Any]:
-    known = _table("hardware.toml")[kind]
-    if name not in known:
-        raise unknown_name(kind, name, known)
-    entry: dict[str, Any] = known[name]
-    return entry

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from traces.errors import InputError, unknown_name
 
 BITS_PER_WEIGHT: dict[str, float] = {
     "fp32": 32,
     "bf16": 16,
     "fp16": 16,
+    "fp8": 8,
     "int8": 8,
     "int4": 4.25,
     "q4_k": 4.5,
@@ -19,7 +31,7 @@ BITS_PER_WEIGHT: dict[str, float] = {
 class ModelSpec(BaseModel):
     """A model's dimensions. Every field is a count, or a number of elements; bytes are derived."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     source: str = Field(description="where the dimensions were read")
@@ -29,7 +41,9 @@ class ModelSpec(BaseModel):
     top_k: PositiveInt
     hidden: PositiveInt
     expert_width: PositiveInt
-    expert_matrices: PositiveInt = Field(default=3, description="3 for gated experts, 2 for plain ones")
+    expert_matrices: PositiveInt = Field(
+        default=3, description="matrices of a feed-forward part, routed or not: 3 for gated ones, 2 for plain ones"
+    )
     expert_biases: NonNegativeInt = Field(default=0, description="bias elements of one expert")
     shared_width: NonNegativeInt = Field(default=0, description="summed width of the shared experts of a layer")
     dense_width: NonNegativeInt = Field(default=0, description="feed-forward width of a dense layer")
@@ -37,15 +51,31 @@ class ModelSpec(BaseModel):
     kv_heads: PositiveInt
     head_dim: PositiveInt
     projection_elements: NonNegativeInt = Field(
-        default=0, description="weights of a layer's attention projections, 0: those of the grouped-query form"
+        default=0, description="attention weights of a layer, its mean over all; 0: those of the grouped-query form"
     )
     kv_elements: NonNegativeInt = Field(
-        default=0, description="KV elements a token and layer, 0: 2 * kv_heads * head_dim"
+        default=0, description="KV elements a token and layer, the mean over all; 0: 2 * kv_heads * head_dim"
     )
     vocab: PositiveInt
     tied_embeddings: bool = False
     dtype: str = Field(default="bf16", description="of everything outside the experts")
-    expert_bits: PositiveFloat = Field(default=16.0, description="bits a weight of a routed expert")
+    expert_bits: PositiveFloat = Field(
+        default=16.0, description="bits a weight of a routed expert; its biases are kept in dtype"
+    )
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: str) -> str:
+        if value not in BITS_PER_WEIGHT:
+            raise unknown_name("dtype", value, BITS_PER_WEIGHT)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        for part, whole in (("moe_layers", "layers"), ("top_k", "experts")):
+            if getattr(self, part) > getattr(self, whole):
+                raise InputError(f"{part} must be at most {whole} {getattr(self, whole)}, got {getattr(self, part)}")
+        return self
 
     @property
     def bytes_per_element(self) -> float:
@@ -59,7 +89,8 @@ class ModelSpec(BaseModel):
     @property
     def expert_bytes(self) -> int:
         """Bytes of one routed expert as it is stored and copied."""
-        return round(self.expert_elements * self.expert_bits / 8)
+        weights = self.expert_elements - self.expert_biases
+        return round(weights * self.expert_bits / 8 + self.expert_biases * self.bytes_per_element)
 
     @property
     def attention_elements(self) -> int:
@@ -69,13 +100,17 @@ class ModelSpec(BaseModel):
     @property
     def moe_layer_elements(self) -> int:
         """Weights of an MoE layer outside its routed experts: attention, router, shared experts, two norms."""
-        return self.attention_elements + self.hidden * (self.experts + 3 * self.shared_width + 2)
+        return self.attention_elements + self.hidden * (self.experts + self.expert_matrices * self.shared_width + 2)
+
+    @property
+    def dense_layer_elements(self) -> int:
+        """Weights of a layer without experts: attention, feed-forward, two norms."""
+        return self.attention_elements + self.hidden * (self.expert_matrices * self.dense_width + 2)
 
     @property
     def dense_elements(self) -> int:
         """Weights outside the routed experts in the whole model, embeddings included."""
-        dense_layers = self.layers - self.moe_layers
-        dense = dense_layers * (self.attention_elements + self.hidden * (3 * self.dense_width + 2))
+        dense = (self.layers - self.moe_layers) * self.dense_layer_elements
         embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
         return dense + self.moe_layers * self.moe_layer_elements + embeddings + self.hidden
 

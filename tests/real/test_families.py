@@ -115,7 +115,9 @@ def test_dimensions_that_a_family_cannot_have(model_type: str, change: dict[str,
         FAMILIES[model_type].config(tiny.SPECS[model_type].model_copy(update=change))
 
 
-@pytest.mark.parametrize("name", [name for name in catalogue.model_names() if not name.startswith("gpt-oss")])
+@pytest.mark.parametrize(
+    "name", [name for name in catalogue.model_names() if not name.startswith(("gpt-oss", "switch", "nllb"))]
+)
 def test_catalogue_models_are_built_at_their_dimensions(name: str) -> None:
     spec = catalogue.model(name)
     family = family_for(spec)

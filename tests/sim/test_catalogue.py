@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError, field_validator
 from typer.testing import CliRunner
 
 from sim.cli import hardware_app, models_app
-from sim.spec import catalogue
+from sim.spec import CpuSpec, ModelSpec, catalogue
 from traces.errors import InputError
 
 EXPERT_MB = {
@@ -26,8 +26,32 @@ EXPERT_MB = {
     "olmoe-1b-7b": 12.6,
     "gpt-oss-20b": 49.8,
     "gpt-oss-120b": 49.8,
+    "switch-base-8": 9.4,
+    "switch-base-16": 9.4,
+    "switch-base-32": 9.4,
+    "switch-base-64": 9.4,
+    "switch-base-128": 9.4,
+    "switch-base-256": 9.4,
+    "nllb-moe-54b": 67.1,
 }
 """Megabytes of one expert in bf16."""
+
+SHAPES = {
+    "mixtral-8x7b": (32, 32, 8, 2, 4096, 14336),
+    "mixtral-8x22b": (56, 56, 8, 2, 6144, 16384),
+    "phi-3.5-moe": (32, 32, 16, 2, 4096, 6400),
+    "qwen1.5-moe-a2.7b": (24, 24, 60, 4, 2048, 1408),
+    "qwen2-57b-a14b": (28, 28, 64, 8, 3584, 2560),
+    "qwen3-30b-a3b": (48, 48, 128, 8, 2048, 768),
+    "deepseek-v2-lite": (27, 26, 64, 6, 2048, 1408),
+    "deepseek-v3": (61, 58, 256, 8, 7168, 2048),
+    "olmoe-1b-7b": (16, 16, 64, 8, 2048, 1024),
+    "gpt-oss-20b": (24, 24, 32, 4, 2880, 2880),
+    "gpt-oss-120b": (36, 36, 128, 4, 2880, 2880),
+    **{f"switch-base-{experts}": (24, 12, experts, 1, 768, 3072) for experts in (8, 16, 32, 64, 128, 256)},
+    "nllb-moe-54b": (48, 12, 128, 2, 2048, 8192),
+}
+"""Layers, those with experts, experts, top-k, hidden, width of an expert."""
 
 PARAMETERS_B = {
     "mixtral-8x7b": 46.7,
@@ -41,8 +65,10 @@ PARAMETERS_B = {
     "olmoe-1b-7b": 6.92,
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 117,
+    "switch-base-128": 7.4,
+    "nllb-moe-54b": 54.5,
 }
-"""Parameters that the authors state, in billions, to three digits."""
+"""Parameters that the authors state, in billions, to three digits, and those of Switch to two."""
 
 MACHINE = """
 name = "mine"
@@ -67,7 +93,8 @@ source = "measured"
 
 
 def test_every_model_has_its_published_sizes_checked() -> None:
-    assert set(catalogue.model_names()) - {"moetwin-small"} == EXPERT_MB.keys() == PARAMETERS_B.keys()
+    assert set(catalogue.model_names()) - {"moetwin-small"} == EXPERT_MB.keys() == SHAPES.keys()
+    assert {name for name in EXPERT_MB if not name.startswith("switch")} == PARAMETERS_B.keys() - {"switch-base-128"}
 
 
 def test_the_small_model_stands_in_the_catalogue_as_in_its_config() -> None:
@@ -104,11 +131,72 @@ def test_bytes_of_an_expert_in_bf16(name: str, megabytes: float) -> None:
 
 @pytest.mark.parametrize(("name", "billions"), PARAMETERS_B.items())
 def test_dimensions_add_up_to_the_published_parameter_count(name: str, billions: float) -> None:
-    assert float(f"{catalogue.model(name).total_elements / 1e9:.3g}") == billions
+    digits = 2 if name.startswith("switch") else 3
+    assert float(f"{catalogue.model(name).total_elements / 1e9:.{digits}g}") == billions
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES.items())
+def test_dimensions_of_the_experts(name: str, shape: tuple[int, ...]) -> None:
+    spec = catalogue.model(name)
+    assert (spec.layers, spec.moe_layers, spec.experts, spec.top_k, spec.hidden, spec.expert_width) == shape
 
 
 def test_gpt_oss_experts_are_counted_as_released() -> None:
-    assert round(catalogue.model("gpt-oss-20b").expert_bytes / 1e6, 1) == 13.2
+    spec = catalogue.model("gpt-oss-20b")
+    assert spec.expert_bytes == 3 * 2880 * 2880 * 4.25 / 8 + 2 * 8640, "MXFP4, with biases in bf16"
+    assert round(spec.expert_bytes / 1e6, 1) == 13.2
+
+
+@pytest.mark.parametrize(("quant", "bits"), [("int8", 8), ("int4", 4.25), ("mxfp4", 4.25), ("q4_k", 4.5)])
+def test_bytes_of_a_quantised_expert(quant: str, bits: float) -> None:
+    lite = catalogue.model("deepseek-v2-lite").with_experts_in(quant)
+    assert lite.expert_bytes == 3 * 2048 * 1408 * bits / 8
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("qwen1.5-moe-a2.7b", 5632), ("qwen2-57b-a14b", 20480), ("deepseek-v2-lite", 2 * 1408), ("deepseek-v3", 2048)],
+)
+def test_shared_experts_have_their_own_width(name: str, width: int) -> None:
+    spec = catalogue.model(name)
+    bare = spec.model_copy(update={"shared_width": 0})
+    assert spec.moe_layer_elements - bare.moe_layer_elements == 3 * spec.hidden * width
+
+
+def test_switch_has_two_matrices_and_half_its_layers_attend_twice() -> None:
+    spec = catalogue.model("switch-base-8")
+    attention, plain = 4 * 768 * 768, 2 * 768 * 3072
+    outside = 24 * attention + 12 * attention + 12 * plain + 12 * 768 * 8 + 24 * 2 * 768 + 768 + 32128 * 768
+    assert spec.dense_elements == outside
+    assert spec.total_elements == outside + 12 * 8 * plain
+    assert spec.kv_bytes_per_token == 12 * 2 * 768 * 2, "the decoder's layers alone"
+
+
+def test_models_that_are_like_another_have_its_numbers_and_their_own() -> None:
+    few, many = (catalogue.model(f"switch-base-{experts}") for experts in (8, 256))
+    assert many.total_elements - few.total_elements == 12 * 248 * (2 * 768 * 3072 + 768)
+    same = {"name", "source", "experts"}
+    assert few.model_dump(exclude=same) == many.model_dump(exclude=same)
+
+
+def test_nllb_experts_have_biases_and_its_decoder_attends_twice() -> None:
+    spec = catalogue.model("nllb-moe-54b")
+    assert spec.expert_bytes == 2 * (2 * 2048 * 8192 + 8192 + 2048)
+    assert spec.layers * spec.attention_elements == (48 + 24) * 4 * 2048 * 2048
+    assert spec.kv_bytes_per_token == 24 * 2 * 2048 * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 65}, "top_k must be at most experts 64, got 65"),
+        ({"moe_layers": 17}, "moe_layers must be at most layers 16, got 17"),
+        ({"dtype": "bf61"}, r"dtype must be a known name, got 'bf61' \(did you mean bf16"),
+    ],
+)
+def test_a_model_has_to_make_sense(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ModelSpec.model_validate({**catalogue.model("olmoe-1b-7b").model_dump(), **fields})
 
 
 def test_latent_attention_caches_the_compressed_vector() -> None:
@@ -136,8 +224,8 @@ def test_every_machine_is_complete_and_every_part_has_a_marked_source(name: str)
 
 
 def test_every_part_is_valid_and_has_a_marked_source() -> None:
-    for kind in ("gpu", "cpu", "link", "host"):
-        base = {"gpu": "a6000", "cpu": "xeon6330", "link": "pcie4-x16", "host": "python"}
+    for kind in catalogue.PART_KINDS:
+        base = {"gpu": "a6000", "cpu": "xeon6330", "link": "pcie4-x16", "host": "python", "disk": "nvme-pcie4"}
         for name in catalogue.part_names(kind):
             spec = catalogue.hardware("+".join({**base, kind: name}.values()))
             assert re.search(r"\[[PMNI]\]", getattr(spec, kind).source)
@@ -150,6 +238,42 @@ def test_a_machine_is_composed_of_parts() -> None:
     assert catalogue.hardware("rtx4090+xeon6330+pcie3-x16+python").host == spec.host
 
 
+def test_a_host_and_a_disk_may_follow_in_either_order() -> None:
+    one, other = (
+        catalogue.hardware(f"rtx4090+xeon6330+pcie4-x16+{rest}") for rest in ("python+nvme-pcie5", "nvme-pcie5+python")
+    )
+    assert one.disk == other.disk
+    assert one.disk is not None
+    assert one.disk.bytes_per_s == 13e9
+    assert catalogue.hardware("rtx4090+xeon6330+pcie4-x16").disk is None
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("xeon6459c", 77),
+        ("xeon8358p", 63),
+        ("xeon6330", 57),
+        ("ryzen9950x3d", 54),
+        ("i9-13900h", 48),
+        ("xeon8559c", 178),
+        ("epyc9374f", 185),
+        ("xeon5220r", 40),
+        ("xeon6338", 63),
+    ],
+)
+def test_a_cpu_reaches_the_bandwidth_of_its_source(name: str, rates: float) -> None:
+    assert catalogue.hardware(f"rtx4090+{name}+pcie4-x16").cpu.reached_bytes_per_s / 1e9 == pytest.approx(
+        rates, rel=1e-3
+    )
+
+
+def test_a_cpu_whose_rates_are_reached_needs_no_efficiency() -> None:
+    cpu = CpuSpec(name="c", source="by hand", bytes_per_s=1e9, flops_per_s=1e12)
+    assert (cpu.reached_bytes_per_s, cpu.reached_flops_per_s) == (1e9, 1e12)
+    assert (cpu.handoff_s, cpu.first_expert_s, cpu.shared_bytes_per_s) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -157,7 +281,11 @@ def test_a_machine_is_composed_of_parts() -> None:
         ("rtx409+xeon6330+pcie4-x16", r"gpu must be a known name, got 'rtx409' \(did you mean rtx4090"),
         ("rtx4090+xeon6330+pcie9", r"link must be a known name, got 'pcie9'"),
         ("rtx4090+xeon6330+pcie4-x16+lisp", r"host must be a known name, got 'lisp'"),
-        ("rtx4090+xeon6330", r"hardware must be a machine, gpu\+cpu\+link or gpu\+cpu\+link\+host, got 'rtx4090"),
+        (
+            "rtx4090+xeon6330",
+            r"hardware must be a machine, or gpu\+cpu\+link with \+host or \+disk after it, got 'rtx4",
+        ),
+        ("rtx4090+xeon6330+pcie4-x16+python+python", "hardware must have one host, got 'python' and 'python'"),
     ],
 )
 def test_an_unknown_machine_or_part_is_named(name: str, message: str) -> None:

@@ -1,0 +1,296 @@
+"""What ``moetwin cache`` shows and writes: rich tables, JSON Lines, and tables as files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from inspect import getdoc
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+
+from analysis import text
+from analysis.cache_study import BOUND, Cell
+from sim.policies.base import EvictionPolicy
+from traces.errors import InputError
+from traces.store import check_target
+
+WIDE = 150
+"""Columns of a table that nobody sees in a terminal, so that it is not squeezed."""
+
+PLOTS = (".png", ".svg")
+TABLES = (".csv", ".parquet")
+
+
+def check_out(path: Path | None, endings: Sequence[str], *, force: bool) -> None:
+    """Raises :class:`InputError` when ``path`` has another ending, exists, or cannot be written."""
+    if path is None:
+        return
+    if path.suffix not in endings:
+        raise InputError(f"out must end in one of {', '.join(endings)}, got {path}")
+    check_target(path, force=force)
+
+
+def console() -> Console:
+    """Where tables go."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=max(found.width, WIDE))
+
+
+def replay_table(cells: Sequence[Cell], *, bound: bool, phases: bool, wide: bool = True) -> Table:
+    """One line a policy, capacity and phase; ``bound`` says whether Belady is one, ``phases`` whether to name them.
+
+    Without ``wide`` it leaves out what a narrow terminal has no room for.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("policy", "capacity", "phase")[: 3 if phases else 2]:
+        table.add_column(name, vertical="bottom", no_wrap=name != "policy")
+    for name in _NARROW + (_WIDE if wide else ()):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cell in cells:
+        for row in cell.rows:
+            names = [_policy(row, bound=bound), row["capacity"], row["phase"]][: 3 if phases else 2]
+            table.add_row(*names, *_narrow(row), *(_wide(row) if wide else ()))
+        table.add_section()
+    return table
+
+
+_NARROW = ("hit ratio by\nassignment", "\n95% interval", "gap\nclosed", "union\nmisses", "bytes\na token")
+_WIDE = ("hit ratio\nby union", "compul-\nsory", "\ncapacity", "\ncollision", "\nregime", "accesses\na second")
+
+
+def _policy(row: dict[str, Any], *, bound: bool) -> str:
+    return f"{row['policy']}, hit-rate bound" if row["policy"] == BOUND and bound else escape(row["policy"])
+
+
+def _narrow(row: dict[str, Any]) -> list[str]:
+    low, high, gap = row["hit_ratio_assignments_low"], row["hit_ratio_assignments_high"], row["gap_closed"]
+    return [
+        ratio(row["hit_ratio_assignments"]),
+        text.MISSING if low is None else f"{low:.4f} to {high:.4f}",
+        text.MISSING if gap is None else text.percent(gap),
+        f"{row['misses_union']:,}",
+        text.binary_bytes(row["bytes_a_token"]),
+    ]
+
+
+def _wide(row: dict[str, Any]) -> list[str]:
+    return [
+        ratio(row["hit_ratio_union"]),
+        *(f"{row[key]:,}" for key in ("compulsory_misses", "capacity_misses", "collision_misses")),
+        f"{row['regime_mean']:.2f}",
+        f"{text.number(row['accesses_per_s'] / 1e6)} M",
+    ]
+
+
+def print_replays(cells: Sequence[Cell], *, title: str, bound: bool, phases: bool) -> None:
+    """The title, the table in the width that there is, and the sentences below it."""
+    out = console()
+    table = replay_table(cells, bound=bound, phases=phases)
+    if Measurement.get(out, out.options.update(max_width=10_000), table).maximum > out.width:
+        table = replay_table(cells, bound=bound, phases=phases, wide=False)
+    print_lines(out, title)
+    out.print(table)
+    print_lines(out, *verdicts(cells, bound=bound))
+
+
+def print_lines(out: Console, *lines: str) -> None:
+    """Lines as they are, however long."""
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def ratio(value: float | None) -> str:
+    """A hit ratio with four decimals, or a dash."""
+    return text.MISSING if value is None else f"{value:.4f}"
+
+
+def verdicts(cells: Sequence[Cell], *, bound: bool) -> list[str]:
+    """The sentences below the table: who is best, who cannot be told from it, and what to beware of."""
+    lines = [f"{_where(cell.rows[0])}: {_regime(cell)}{_verdict(cell)}" for cell in cells]
+    lines += dict.fromkeys(cell.caveat for cell in cells if cell.caveat)
+    rows = [row for cell in cells for row in cell.rows]
+    if not bound and any(row["policy"] == BOUND for row in rows):
+        lines.append(f"{BOUND} bounds nothing here, for experts differ in bytes")
+    loads = {(row["policy"], row["capacity"]): row["static_load_bytes"] for row in rows if row["static_load_bytes"]}
+    for (policy, capacity), size in loads.items():
+        lines.append(
+            f"{policy} at {capacity}: {text.binary_bytes(size)} loaded before the first pass, beside its misses"
+        )
+    return lines
+
+
+def _where(row: dict[str, Any]) -> str:
+    return str(row["capacity"] if row["phase"] == "all" else f"{row['capacity']}, {row['phase']}")
+
+
+def _regime(cell: Cell) -> str:
+    mean, above = cell.rows[0]["regime_mean"], cell.rows[0]["regime_above_one"]
+    return f"regime (union over capacity) {mean:.2f} on average, above 1 in {text.percent(above)} of the events"
+
+
+def _verdict(cell: Cell) -> str:
+    """Who is best, and who cannot be told from it; nothing where there is nobody to compare with."""
+    if cell.best is None or len(cell.rows) < 2:
+        return ""
+    best = f"; best without knowing the future: {cell.best}"
+    if cell.rows[0]["hit_ratio_assignments_low"] is None:
+        return best
+    return f"{best}; not distinguishable from it: {', '.join(cell.alike) or 'none'}"
+
+
+def echo_rows(rows: Iterable[dict[str, Any]]) -> None:
+    """Prints JSON Lines."""
+    for row in rows:
+        typer.echo(json.dumps(row, allow_nan=False))
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes ``rows`` as a CSV or Parquet table, by the ending of ``path``; constants of policies become JSON."""
+    import pandas as pd
+
+    frame = pd.DataFrame([_flat(row) for row in rows])
+    if path.suffix == ".csv":
+        write_whole(path, lambda draft: frame.to_csv(draft, index=False))
+    else:
+        write_whole(path, lambda draft: frame.to_parquet(draft, index=False))
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in row.items()}
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` write under a temporary name beside ``path``, then renames; raises :class:`InputError`."""
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(draft)
+        draft.replace(path)
+    except OSError as error:
+        raise InputError(f"out must be a file that can be written, got {path} ({error.strerror})") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure, by the ending of ``path``."""
+    from analysis.style import PAPER
+
+    write_whole(path, lambda draft: figure.savefig(draft, dpi=160, facecolor=PAPER))
+
+
+def curve_table(columns: dict[str, dict[str, float]], policies: Sequence[str]) -> Table:
+    """Hit ratios by assignment: one line a policy, one column a capacity."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("hit ratio by assignment")
+    for label in columns:
+        table.add_column(label, justify="right")
+    for policy in policies:
+        table.add_row(escape(policy), *(ratio(found[policy]) for found in columns.values()))
+    return table
+
+
+def policy_row(name: str, kind: type[EvictionPolicy]) -> dict[str, Any]:
+    """One registered policy as its class tells it, ready for JSON."""
+    words = " ".join((getdoc(kind) or "").split())
+    source = re.search(r"Sources?: (.*?)\.( |$)", words)
+    return {
+        "policy": name,
+        "summary": words.partition(". ")[0].rstrip("."),
+        "needs": sorted(kind.needs),
+        "options": dict(kind.defaults),
+        "source": source[1].replace("*", "") if source else "",
+    }
+
+
+def policy_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """The registered policies, one a line."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("policy", no_wrap=True)
+    for name in ("what it does", "needs", "constants", "source"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        constants = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+        cells = (row["policy"], row["summary"], ", ".join(row["needs"]), constants, row["source"])
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def print_locality(record: dict[str, Any], model: str) -> None:
+    """The verdict, and the numbers that it rests on."""
+    out = console()
+    out.print(f"{model}: {record['tokens']:,} tokens of {record['sequences']:,} sequences", markup=False)
+    out.print(record["verdict"]["sentence"], markup=False, soft_wrap=True)
+    for table in (_overlaps(record), _segments(record), _sizes(record), _orders(record)):
+        out.print()
+        out.print(table)
+
+
+def _numbers(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right", vertical="bottom")
+    return table
+
+
+def _overlaps(record: dict[str, Any]) -> Table:
+    overlap = record["overlap"]
+    table = _numbers(
+        "share of a token's experts that another token has too", "any two", "chance", *map("lag {}".format, _LAGS)
+    )
+    lags = {entry["lag"]: entry["mean"] for entry in overlap["lags"]}
+    table.add_row(*map(ratio, (overlap["popularity"]["mean"], overlap["chance"], *(lags[lag] for lag in _LAGS))))
+    return table
+
+
+_LAGS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def _segments(record: dict[str, Any]) -> Table:
+    """SRP by window, with SCH at the capacities of the last table."""
+    slots = [entry["capacity_slots"] for entry in record["lru"]]
+    table = _numbers(
+        "best fixed set (SRP) and oracle (SCH) by window",
+        "window",
+        "SRP",
+        "95% interval",
+        "cache size\n/ active",
+        *(f"SCH with\n{count} slots" for count in slots),
+    )
+    held = {(entry["window"], entry["capacity_slots"]): entry["mean"] for entry in record["sch"]}
+    for entry in record["srp"]:
+        interval = text.MISSING if entry["low"] is None else f"{entry['low']:.4f} to {entry['high']:.4f}"
+        size = text.number(entry["cache_size"]) if entry["cache_size"] is not None else text.MISSING
+        oracle = (ratio(held[entry["window"], count]) for count in slots)
+        table.add_row(str(entry["window"]), ratio(entry["srp"]), interval, size, *oracle)
+    return table
+
+
+def _sizes(record: dict[str, Any]) -> Table:
+    """Distinct experts by window and by batch, beside what uniform routing would need."""
+    table = _numbers("distinct experts", "tokens", "in a window", "in a batch", "if uniform")
+    batches = {entry["batch"]: entry["mean"] for entry in record["batch_union"]}
+    for entry in record["working_set"]:
+        found = (entry["mean"], batches.get(entry["window"]), entry["uniform"])
+        if found[:2] == (None, None):
+            continue
+        table.add_row(str(entry["window"]), *(text.MISSING if n is None else f"{n:.1f}" for n in found))
+    return table
+
+
+def _orders(record: dict[str, Any]) -> Table:
+    table = _numbers(
+        f"LRU, one token a pass, {record['contract']} contract", "slots", "as recorded", "shuffled", "order gives"
+    )
+    for entry in record["lru"]:
+        values = (entry["hit_ratio"], entry["hit_ratio_shuffled"], entry["order_gain"])
+        table.add_row(f"{entry['capacity_slots']} ({entry['capacity_share']:.1%})", *map(ratio, values))
+    return table
