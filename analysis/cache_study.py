@@ -18,6 +18,9 @@ from sim.replay import Feed, Replay, Settings, replay
 from sim.replay.result import PHASES
 from traces.errors import InputError
 
+BOUND = "belady"
+"""What no policy without knowledge of the future can pass."""
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -29,6 +29,7 @@ from traces.shipped import find_trace
 if TYPE_CHECKING:  # torch and transformers are imported when a model is run, not to print a help text
     from real.decode import Machine
     from real.generate import Sampler
+    from sim.replay.calibration import TraceCalibration
 
 SMALL = "moetwin-small"
 Model = Annotated[
@@ -56,6 +57,7 @@ def decode(
     routing: Routing = None,
     repeats: Repeats = 1,
     evict: options.Evict = "lru",
+    calibration: options.Calibration = None,
     place: options.Place = "fetch",
     prefetch: options.Prefetch = "none",
     scope: options.Scope = "layer",
@@ -96,7 +98,7 @@ def decode(
         stream=not as_json and batch == 1,
         full_trace=trace_out is not None,
     )
-    limits = _Limits(batch, cache, gpu_memory, scope)
+    limits = _Limits(batch, cache, gpu_memory, scope, options.calibration_of(calibration, recorded, batch))
     if recorded is not None and random_weights:
         _check_fit(recorded, limits, model, dtype)
     with machine_of(model, dtype=dtype, device=device, random_weights=random_weights, seed=seed) as machine:
@@ -141,10 +143,13 @@ def calibrate(
 
 
 class _Limits:
-    """The memory limit as it was asked for, to be worked out once the model and its longest sequence are known."""
+    """The memory limit as it was asked for, to be worked out once the model and its longest sequence are known; and
+    the trace that policies are fitted to."""
 
-    def __init__(self, batch: int, cache: str | None, gpu_memory: str | None, scope: str) -> None:
-        self.batch = batch
+    def __init__(
+        self, batch: int, cache: str | None, gpu_memory: str | None, scope: str, calibration: TraceCalibration | None
+    ) -> None:
+        self.batch, self.calibration = batch, calibration
         self._given: dict[str, Any] = {"cache": cache, "gpu_memory": gpu_memory, "scope": scope}
 
     def budget(self, spec: ModelSpec, context: int) -> Budget:
@@ -180,7 +185,10 @@ def _replay(machine: Machine, trace: Trace, system: SystemSpec, limits: _Limits,
     workload, context = workload_of(trace, spec, limits.batch)
     budget, costs = limits.budget(spec, context), _rough_costs(spec)
     with bar("replaying", repeats * len(workload)) as advance:
-        return [replay(machine, workload, system, budget, costs, progress=advance) for _ in range(repeats)]
+        return [
+            replay(machine, workload, system, budget, costs, calibration=limits.calibration, progress=advance)
+            for _ in range(repeats)
+        ]
 
 
 def _continue(
@@ -200,6 +208,7 @@ def _continue(
         system,
         limits.budget(spec, max(map(len, encoded)) + generation.max_new_tokens),
         _rough_costs(spec),
+        calibration=limits.calibration,
         batch=limits.batch,
         max_new_tokens=generation.max_new_tokens,
         sampler=generation.sampler,

@@ -115,7 +115,7 @@ def show_hardware(
 
       moetwin hardware show rtx4090-pcie4 --set link.gb_per_s=12 --set regime=graph
     """
-    spec = catalogue.overridden(machine_of(name), catalogue.settings_of(changes or (), "set"))
+    spec = catalogue.overridden(catalogue.find_hardware(name), catalogue.settings_of(changes or (), "set"))
     if as_json:
         _print_json(spec.model_dump())
         return
@@ -127,11 +127,6 @@ def show_hardware(
             table.add_row(part, field, _shown(number), _setting(part, field, number))
         table.add_section()
     Console().print(table)
-
-
-def machine_of(name: str) -> HardwareSpec:
-    """The machine that a user names: a file of theirs, one of the catalogue, or one composed of parts."""
-    return catalogue.find_hardware(name)
 
 
 def _setting(part: str, field: str, value: object) -> str:

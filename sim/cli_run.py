@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -12,23 +12,33 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sim import options
-from sim.cli import machine_of
-from sim.costs import Costs, RooflineCosts
+from sim.costs import Costs, RooflineCosts, TableCosts
 from sim.profile import ProfileCosts
 from sim.results import check_folder
 from sim.run import simulate as simulate_run
-from sim.spec import ModelSpec
+from sim.spec import ModelSpec, catalogue
 from sim.spec.catalogue import REFERENCE_MACHINE
+from sim.spec.compute_table import ComputeTable
 from sim.spec.profile import Profile
 from sim.target import budget_of, model_for, workload_of
 from traces.errors import InputError
 from traces.shipped import find_trace
 from traces.store import load as load_trace
 
+HardwareSet = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Change one number of the machine: link.gb_per_s=12, regime=graph."),
+]
+ComputeTableFile = Annotated[
+    Path | None,
+    typer.Option("--compute-table", help="Measured layer times (tokens, activated_experts, time_us) for GPU experts."),
+]
+
 
 def simulate(
     trace: Annotated[str, typer.Argument(help="A trace file, or the name of one that ships.", show_default=False)],
     evict: options.Evict = "lru",
+    calibration: options.Calibration = None,
     place: options.Place = "fetch",
     prefetch: options.Prefetch = "none",
     scope: options.Scope = "layer",
@@ -45,6 +55,9 @@ def simulate(
             show_default=REFERENCE_MACHINE,
         ),
     ] = None,
+    link_gb_per_s: Annotated[float | None, typer.Option(help="Bandwidth of the link.")] = None,
+    hardware_set: HardwareSet = None,
+    compute_table: ComputeTableFile = None,
     profile: Annotated[
         Path | None, typer.Option(help="Measured costs of `moetwin calibrate`, not a catalogue.")
     ] = None,
@@ -63,30 +76,56 @@ def simulate(
 
       moetwin simulate mixed --place cpu-on-miss --hardware rtx4090+epyc9374f+pcie5-x16 --out runs/cpu
 
+      moetwin simulate mixed --evict mrs --link-gb-per-s 12 --hardware-set regime=graph
+
       moetwin simulate mixed --profile here.toml --prefetch next-router --json
     """
     system = options.system_of(evict=evict, place=place, prefetch=prefetch, scope=scope, synchronous=synchronous)
-    if profile is not None and hardware is not None:
-        raise InputError(f"hardware must not be given together with profile, got {hardware} and {profile}")
+    machine = _Machine(hardware, link_gb_per_s, hardware_set or [], compute_table, profile)
     if out is not None:
         check_folder(out, force=force)
     recorded = load_trace(find_trace(trace))
     spec = model_for(recorded, model, quant)
     workload, context = workload_of(recorded, spec, batch)
     budget = budget_of(spec, lanes=batch, context=context, cache=cache, gpu_memory=gpu_memory, scope=scope)
-    machine, costs = _costs(spec, hardware, profile)
+    name, costs = machine.costs(spec)
+    fitted = options.calibration_of(calibration, workload.trace, batch)
     with _progress(len(workload)) as progress:
-        run = simulate_run(workload, system, budget, costs, hardware=machine, events=events, progress=progress)
+        run = simulate_run(
+            workload, system, budget, costs, hardware=name, calibration=fitted, events=events, progress=progress
+        )
     extra = {} if out is None else {"result": str(run.save(out, force=force))}
     options.show_run(run, as_json=as_json, **extra)
 
 
-def _costs(spec: ModelSpec, hardware: str | None, profile: Path | None) -> tuple[str, Costs]:
-    if profile is not None:
-        measured = Profile.load(profile)
-        return measured.name, ProfileCosts(measured, spec)
-    machine = machine_of(hardware or REFERENCE_MACHINE)
-    return machine.name, RooflineCosts(spec, machine)
+class _Machine:
+    """The machine as it was asked for; raises :class:`InputError` for what contradicts each other."""
+
+    def __init__(
+        self,
+        hardware: str | None,
+        link_gb_per_s: float | None,
+        changes: Sequence[str],
+        table: Path | None,
+        profile: Path | None,
+    ) -> None:
+        link = [] if link_gb_per_s is None else [f"link.gb_per_s={link_gb_per_s}"]
+        self._changes = catalogue.settings_of([*link, *changes])
+        self._hardware, self._table, self._profile = hardware, table, profile
+        given = {"hardware": hardware, "hardware-set": self._changes or None, "compute-table": table}
+        for field, value in given.items():
+            if profile is not None and value is not None:
+                raise InputError(f"{field} must not be given together with profile, got {value} and {profile}")
+
+    def costs(self, spec: ModelSpec) -> tuple[str, Costs]:
+        """Its name, and what work of ``spec`` takes on it."""
+        if self._profile is not None:
+            measured = Profile.load(self._profile)
+            return measured.name, ProfileCosts(measured, spec)
+        machine = catalogue.overridden(catalogue.find_hardware(self._hardware or REFERENCE_MACHINE), self._changes)
+        if self._table is None:
+            return machine.name, RooflineCosts(spec, machine)
+        return machine.name, TableCosts(spec, machine, ComputeTable.load(self._table))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -13,10 +13,20 @@ from rich.table import Table
 from sim.results import RunResult
 from sim.spec import catalogue
 from sim.systems import SystemSpec
+from traces import store
 from traces.errors import InputError
+from traces.schema import Trace
+from traces.shipped import find_trace
+
+if TYPE_CHECKING:
+    from sim.replay.calibration import TraceCalibration
 
 Evict = Annotated[
     str, typer.Option(help="Who leaves the cache: lru, lfu, lfru, mrs... (`moetwin cache policies` lists all).")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Another trace, for policies that are fitted (static, belady-imitator)."),
 ]
 Place = Annotated[str, typer.Option(help="Where a missing expert runs: fetch, or cpu-on-miss.")]
 Prefetch = Annotated[str, typer.Option(help="What is copied ahead: none, or next-router.")]
@@ -37,6 +47,18 @@ def system_of(**choice: Any) -> SystemSpec:
     except ValidationError as error:
         cause = error.errors()[0].get("ctx", {}).get("error")
         raise cause if isinstance(cause, InputError) else InputError(catalogue.first_fault(error)) from error
+
+
+def calibration_of(name: str | None, judged: Trace | None, batch: int) -> TraceCalibration | None:
+    """The calibration trace of that name, over ``batch`` lanes, for policies that are judged on another one.
+
+    Raises :class:`InputError` when the two are the same, or of different dimensions.
+    """
+    if name is None:
+        return None
+    from sim.replay.calibration import TraceCalibration  # numba is imported with it
+
+    return TraceCalibration.of(store.load(find_trace(name)), judged, batch)
 
 
 def show_run(run: RunResult, *, as_json: bool, **extra: str) -> None:

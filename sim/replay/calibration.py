@@ -23,12 +23,13 @@ class TraceCalibration:
     feed: Feed
 
     @classmethod
-    def of(cls, trace: Trace, judged: Trace, batch: int = 1) -> TraceCalibration:
-        """``trace`` over ``batch`` lanes, to fit policies that will be judged on ``judged``.
+    def of(cls, trace: Trace, judged: Trace | None, batch: int = 1) -> TraceCalibration:
+        """``trace`` over ``batch`` lanes, to fit policies that will be judged on ``judged``, or on prompts.
 
         Raises :class:`InputError` unless the two have equal dimensions and different content.
         """
-        check_disjoint(trace, judged)
+        if judged is not None:
+            check_disjoint(trace, judged)
         return cls(Feed.of(trace, batch))
 
     def uses(self) -> Sequence[int]:

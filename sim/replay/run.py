@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sim.compiled import kernel
-from sim.compiled.stream import Stream, empty_cache, next_uses
+from sim.compiled.stream import ASCENDING, Stream, empty_cache, next_uses
 from sim.compiled.twins import TWINS
 from sim.policies import EVICTION
 from sim.policies.base import Calibration, EvictionPolicy, PolicyContext
@@ -49,7 +49,7 @@ def replay(
     compiled = kind in TWINS and not by_object
     if compiled:
         session.compile()
-    started = time.perf_counter()
+    started = time.perf_counter() - session.learning_s
     session.look_ahead()
     for group in session.parts():
         part = session.begin(compiled)
@@ -85,6 +85,7 @@ class _Session:
         self.layers, self.blocks = header.layers, header.layers * header.experts
         self.shared = settings.scope == "global"
         self.serial = settings.contract == "serial"
+        self.by_use = self.serial or feed.single  # both contracts mean the same where an event is one use
         self.context = PolicyContext(
             header.layers,
             header.experts,
@@ -112,16 +113,16 @@ class _Session:
             histogram=np.zeros((2, self.blocks + 1), np.int64),
             log=np.full((entries, 3), -1, np.int64),
         )
+        self.learning_s = 0.0
         self.loaded: list[int] = []
-        self.uses = self.entries = 0
+
         self.last: Any = None
 
     def look_ahead(self) -> None:
         """Works out the next uses, for a policy that knows the future."""
         if "future" in self.kind.needs:
-            single_or_serial = self.serial or self.feed.single
-            order, seed = (self.setting.order, self.setting.seed) if self.serial else (1, 0)
-            uses = next_uses(self.stream, self.blocks, single_or_serial, order, seed)
+            order, seed = (self.setting.order, self.setting.seed) if self.serial else (ASCENDING, 0)
+            uses = next_uses(self.stream, self.blocks, self.by_use, order, seed)
             self.setting = self.setting._replace(next_use=uses)
 
     def parts(self) -> list[range]:
@@ -134,14 +135,24 @@ class _Session:
     def begin(self, compiled: bool) -> Callable[[int], None]:
         """An empty cache and a new policy; returns what replays one run with them."""
         future = Upcoming(self.blocks) if "future" in self.kind.needs else None
-        policy = self.kind(PolicyContext(**{**vars(self.context), "future": future}))
+        policy = self._policy(future)
         preloaded = list(policy.preload())
         self.loaded.extend(preloaded)
         return self._compiled(policy, preloaded) if compiled else self._by_object(policy, future, preloaded)
 
+    def _policy(self, future: Upcoming | None) -> EvictionPolicy:
+        """A new policy object; raises :class:`InputError` for an option that it does not take."""
+        try:
+            return self.kind(PolicyContext(**{**vars(self.context), "future": future}))
+        except ValueError as error:
+            raise InputError(f"{self.settings.policy}: {error}") from error
+
     def compile(self) -> None:
         """Replays nothing, so that the kernel is compiled or read from disk."""
         self.look_ahead_nothing()
+        started = time.perf_counter()
+        self._policy(Upcoming(self.blocks))  # what is learned is kept, and counts
+        self.learning_s = time.perf_counter() - started
         self.begin(compiled=True)
         self._kernel(*self.last, self.stream, self.setting, self.out, 0, 0)
         self.loaded.clear()
@@ -155,7 +166,7 @@ class _Session:
     def _kernel(self) -> Any:
         if self.feed.single and len(set(self.context.weights)) == 1:
             return kernel.replay_single
-        return kernel.replay_serial if self.serial else kernel.replay_atomic
+        return kernel.replay_serial if self.by_use else kernel.replay_atomic
 
     def _compiled(self, policy: EvictionPolicy, preloaded: Sequence[int]) -> Callable[[int], None]:
         state = TWINS[self.kind].build(policy)
@@ -179,8 +190,7 @@ class _Session:
         if self.last is not None:
             one.uses, one.entries = self.last.uses, self.last.entries
         self.last = one
-        serial = self.serial or self.feed.single
-        return lambda index: one.run(index, index + 1, serial=serial)
+        return lambda index: one.run(index, index + 1, serial=self.by_use)
 
     def result(self, seconds: float) -> Replay:
         """What was found."""
