@@ -19,6 +19,9 @@ from sim.policies.base import Calibration, Future
 from sim.systems import Budget, SystemSpec
 from traces.workload import Routing
 
+NOTHING: list[int] = []
+"""The CPU's experts where the placement does not use it."""
+
 
 @dataclass(frozen=True)
 class ExpertShape:
@@ -32,11 +35,16 @@ class ExpertShape:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Predicted seconds that a placement policy may weigh: both clocks hand over the same numbers."""
+    """Predicted seconds that a placement policy may weigh: both clocks hand over the same numbers.
+
+    ``gpu_free_s`` is what the GPU still has to do when a layer is placed, before it comes to the routed experts:
+    nothing, as long as shared experts are part of the dense work that the host waits for.
+    """
 
     gpu_expert_s: Callable[[int], float]
     cpu_expert_s: Callable[[int, bool], float]
     copy_s: float
+    gpu_free_s: float = 0.0
 
 
 class OffloadController:
@@ -75,6 +83,8 @@ class OffloadController:
         self._prefetch = PREFETCH[system.prefetch](context)
         self._predicted = predicted
         self._draft = _Draft(self.cache, self._evict, shape)
+        self.fallbacks = 0
+        """Layers in which one device alone was quicker than the placement's own schedule."""
         self._event = -1
         self._layer = -1
         self._current: Collection[int] = ()
@@ -94,16 +104,19 @@ class OffloadController:
         hits, late, missing = self.cache.look_up(self._event, load)
         if self._prefetch.depth:
             self._note_predictions(layer, load, predictions)
-        on_cpu = self._on_cpu(layer, hits, missing, load) if missing and self._place.uses_cpu else ()
-        fetched = [block for block in missing if block not in on_cpu] if on_cpu else missing
+        if self._place.uses_cpu and (missing or self._place.takes_hits):
+            on_cpu, on_gpu, fetched = self._assign(layer, load, (hits, late, missing))
+        else:
+            on_cpu, on_gpu, fetched = NOTHING, [*hits, *late, *missing], missing
+        verdict = self.cache.settle(layer, load, fetched, self._evict) if fetched else None
         draft = self._draft
         draft.begin(layer, load)
         if on_cpu:
             draft.cpu(on_cpu)
-        if fetched:
-            draft.fetch(hits, late, self.cache.settle(layer, load, fetched, self._evict))
+        if verdict:
+            draft.fetch(on_gpu, verdict)
         else:
-            draft.gpu([*hits, *late], self.cache.in_flight)
+            draft.gpu(on_gpu, self.cache.in_flight)
         hit_tokens = sum(map(load.__getitem__, hits)) if routing.assignments > len(load) else len(hits)
         return _plan_of(
             (
@@ -152,18 +165,38 @@ class OffloadController:
         load = zip(blocks, counts, strict=True)
         return dict(sorted(load, key=lambda item: (-item[1], item[0])))
 
-    def _on_cpu(self, layer: int, hits: list[int], missing: list[int], load: dict[int, int]) -> Sequence[int]:
-        base = layer * self.shape.experts
+    def _assign(
+        self, layer: int, load: dict[int, int], parts: tuple[list[int], ...]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Blocks for the CPU, for the GPU, and those that are copied, each in order; ``parts`` are the layer's hits,
+        what is late, and the misses."""
+        base, predicted = layer * self.shape.experts, self._predicted
+        hits, late, misses = [tuple([(block - base, load[block]) for block in part]) for part in parts]
+        arrivals_s, link_free_s = self._arrivals(parts[1]) if self.cache.in_flight else ((), 0.0)
         view = LayerView(
             layer,
-            [(block - base, load[block]) for block in hits],
-            [(block - base, load[block]) for block in missing],
+            hits,
+            misses,
             self.cache.free_slots(layer),
-            self._predicted.gpu_expert_s,
-            self._predicted.cpu_expert_s,
-            self._predicted.copy_s,
+            predicted.gpu_expert_s,
+            predicted.cpu_expert_s,
+            predicted.copy_s,
+            late,
+            arrivals_s,
+            predicted.gpu_free_s,
+            link_free_s,
         )
-        return [base + expert for expert in self._place.on_cpu(view)]
+        cpu, gpu, copies, fallback = self._place.place(view)
+        self.fallbacks += fallback
+        return [base + one for one in cpu], [base + one for one in gpu], [base + one for one in copies]
+
+    def _arrivals(self, late: list[int]) -> tuple[tuple[float, ...], float]:
+        """By when each of ``late`` is there, and the link free for copies: what began first is brought to its end, and
+        what is waited for goes before new copies, in the order in which it was asked for."""
+        begun = next(iter(self.cache.in_flight))
+        queue = [block for block in self.cache.in_flight if block == begun or block in late]
+        copy_s = self._predicted.copy_s
+        return tuple([(queue.index(block) + 1) * copy_s for block in late]), len(queue) * copy_s
 
     def _note_predictions(self, layer: int, blocks: Collection[int], predictions: Sequence[Sequence[int]]) -> None:
         self._current, self._layer, self._predictions = blocks, layer, predictions
@@ -204,11 +237,12 @@ class _Draft:
         self.operations: list[Operation] = []
 
     def cpu(self, blocks: Sequence[int]) -> None:
-        """Experts that the CPU computes, in its order; they are used without being kept."""
+        """Experts that the CPU computes, in its order: a resident one stays, another is used without being kept."""
         for number, block in enumerate(blocks, self._number + 1):
             fields = (number, CPU, self._layer, block - self._base, -1, self._load[block], 0, (), False)
             self.operations.append(operation_of(fields))
-            self._evict.forget(block)
+            if self._cache.slot_of[block] < 0:
+                self._evict.forget(block)
         self._number += len(blocks)
 
     def gpu(self, blocks: Sequence[int], copies: Mapping[int, int]) -> None:
@@ -220,25 +254,30 @@ class _Draft:
             add(operation_of((number, GPU, layer, block - base, slot_of[block], load[block], 0, after, False)))
         self._number += len(blocks)
 
-    def fetch(self, hits: list[int], late: list[int], verdict: Verdict) -> None:
-        """A layer with misses: copies that need nothing first, then what is resident, then what arrives."""
+    def fetch(self, blocks: list[int], verdict: Verdict) -> None:
+        """The GPU's experts in its order, after copies of those that are missing; these need nothing first."""
         admitted, streamed, victims, leaving = verdict
         self._drop(victims)
         if leaving or streamed:
-            self._fetch_crowded([*hits, *late], verdict)
+            self._fetch_crowded(blocks, verdict)
         else:
             copies = self._admit(admitted)
-            if late:
+            if self._cache.in_flight:
                 copies |= self._cache.in_flight
-            self.gpu([*hits, *late, *admitted], copies)
+            self.gpu(blocks, copies)
         if self._tells:
             for block in sorted(admitted):
                 self._evict.admit(block)
 
-    def _fetch_crowded(self, ready: list[int], verdict: Verdict) -> None:
-        """The same where not all of the layer's experts can be kept: some are streamed through the staging slots, and
-        residents may leave once they have been read."""
+    def _fetch_crowded(self, blocks: list[int], verdict: Verdict) -> None:
+        """The same where not all of the layer's experts can be kept: what is there, then what arrives, as it arrives.
+
+        Some are streamed through the staging slots, and residents may leave once they have been read.
+        """
         admitted, streamed, _, leaving = verdict
+        ready = [block for block in blocks if self._cache.slot_of[block] >= 0]
+        self._drop([block for block in leaving if block not in ready])  # the CPU computes them from the host's copy
+        leaving = [block for block in leaving if block in ready]
         at_once = len(admitted) - len(leaving)
         copies = self._admit(admitted[:at_once])
         for block, slot in zip(streamed, self._cache.staging, strict=False):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 NEVER = 2**62
 """Event index of a use that does not come."""
@@ -126,11 +126,14 @@ class EvictionPolicy(Policy):
         """``block`` has left the cache, or was used without being kept."""
 
 
-@dataclass(frozen=True, slots=True)
-class LayerView:
-    """One layer's work at the moment it is placed: expert ids with their token counts, and predicted seconds.
+class LayerView(NamedTuple):
+    """One layer's work at the moment it is placed: experts with their token counts, and predicted seconds.
 
-    ``hits`` and ``misses`` are in order of submission: most tokens first, then the lowest id.
+    ``hits`` are resident, ``late`` are being prefetched, ``misses`` are neither; each is in order of load: most tokens
+    first, then the lowest id. ``arrivals_s`` says when each of ``late`` is expected at the latest. Like the times at
+    which GPU, link and CPU are free for this layer's experts, they count from now. Costs are those of undisturbed work;
+    ``cpu_expert_s`` is asked for (tokens, whether it is the layer's first), and ``gpu_expert_s`` must not fall when
+    tokens rise.
     """
 
     layer: int
@@ -140,17 +143,41 @@ class LayerView:
     gpu_expert_s: Callable[[int], float]
     cpu_expert_s: Callable[[int, bool], float]
     copy_s: float
+    late: Sequence[tuple[int, int]] = ()
+    arrivals_s: Sequence[float] = ()
+    gpu_free_s: float = 0.0
+    link_free_s: float = 0.0
+    cpu_free_s: float = 0.0
+
+
+class Assignment(NamedTuple):
+    """Who computes what: ``cpu`` and ``gpu`` split a layer's experts, each in the order in which it takes them.
+
+    ``copies`` are the misses among ``gpu``, in the order in which the link brings them. A resident or late expert on
+    the CPU stays where it is. ``fallback`` tells that one device alone was quicker than what the policy stands for.
+    """
+
+    cpu: Sequence[int]
+    gpu: Sequence[int]
+    copies: Sequence[int]
+    fallback: bool = False
 
 
 class PlacementPolicy(Policy):
-    """Says which of a layer's experts run on the CPU; every other one runs on the GPU, fetched when it is missing."""
+    """Says which of a layer's experts run on the CPU and which on the GPU, and in which order; see
+    :class:`Assignment`.
+
+    Where the cache cannot hold all that is copied, the GPU computes what is there first, then what arrives.
+    """
 
     uses_cpu: ClassVar[bool] = True
     """False: the policy sends nothing to the CPU, and is not asked."""
+    takes_hits: ClassVar[bool] = False
+    """True: the policy may send resident experts to the CPU, and is asked where nothing is missing, too."""
 
     @abstractmethod
-    def on_cpu(self, view: LayerView) -> Sequence[int]:
-        """Expert ids, from ``view.misses``, to be computed on the CPU, in the order in which it should take them."""
+    def place(self, view: LayerView) -> Assignment:
+        """The assignment of every expert in ``view``, each to one side."""
 
 
 class PrefetchPolicy(Policy):

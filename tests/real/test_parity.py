@@ -25,11 +25,23 @@ from real.store import DeviceSlots, SlotError
 from sim.controller import OffloadController
 from sim.plan import COPY, CPU, GPU, Operation
 from sim.policies import EVICTION, PLACEMENT
+from sim.replay.calibration import TraceCalibration
+from sim.replay.feed import Feed
 from sim.results import RunResult
 from sim.run import simulate
 from sim.systems import Budget, SystemSpec
 from tests.real import tiny
-from tests.real.running import COSTS, DEVICES, PROMPTS, follow, machine_on, untouched
+from tests.real.running import (
+    COSTS,
+    DEVICES,
+    PROMPTS,
+    assert_near,
+    decoded,
+    follow,
+    machine_on,
+    plain,
+    untouched,
+)
 from traces.schema import Trace
 from traces.synthetic import Sizes, markov
 from traces.workload import Workload, lock_step
@@ -50,6 +62,16 @@ DECIDED = [
 """Columns of the layers table that are decisions, not times."""
 
 SLOTS = {"layer": 3, "global": 5}
+
+RUNS = [("lru", trace, batch) for trace in ("recorded", "synthetic") for batch in (1, 3)]
+RUNS += [(evict, *run) for evict in EVICTION if evict != "lru" for run in (("recorded", 3), ("synthetic", 1))]
+"""Eviction policies with the traces and batches that they are run on."""
+
+
+def placements_for(evict: str) -> list[str]:
+    """All with LRU; with any other policy ``fetch``, and in turn one of the rest."""
+    first, *others = PLACEMENT
+    return [first, *others] if evict == "lru" else [first, others[[*EVICTION].index(evict) % len(others)]]
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -92,11 +114,18 @@ def synthetic(recall: float = 0.7) -> Trace:
 TRACES = {"recorded": recorded, "synthetic": synthetic}
 
 
+@cache
+def calibration() -> TraceCalibration:
+    """What fitted policies learn from: another trace of the same shape."""
+    return TraceCalibration(Feed.of(synthetic(recall=0.2), 1))
+
+
 def both(machine: Machine, workload: Workload, slots: int, **system: Any) -> tuple[RunResult, RunResult]:
     """The run as it was measured, and as it was simulated."""
     spec, budget = SystemSpec(**system), Budget(slots=slots)
-    measured = replay(machine, workload, spec, budget, COSTS)
-    return measured, simulate(workload, spec, budget, COSTS, hardware="by hand")
+    fit = calibration() if "calibration" in spec.needs else None
+    measured = replay(machine, workload, spec, budget, COSTS, calibration=fit)
+    return measured, simulate(workload, spec, budget, COSTS, hardware="by hand", calibration=fit)
 
 
 def assert_equal_decisions(measured: RunResult, simulated: RunResult) -> None:
@@ -109,14 +138,12 @@ def assert_equal_decisions(measured: RunResult, simulated: RunResult) -> None:
 
 
 @pytest.mark.parametrize("synchronous", [True, False], ids=["synchronous", "overlapped"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("trace", list(TRACES))
-@pytest.mark.parametrize("evict", list(EVICTION))
+@pytest.mark.parametrize(("evict", "trace", "batch"), RUNS)
 def test_demand_only_runs_have_equal_logs(
     machine: Machine, evict: str, trace: str, batch: int, synchronous: bool
 ) -> None:
     workload = lock_step(TRACES[trace](), batch)
-    for place, scope in product(PLACEMENT, ("layer", "global")):
+    for place, scope in product(placements_for(evict), ("layer", "global")):
         system = {"evict": evict, "place": place, "scope": scope, "synchronous": synchronous}
         measured, simulated = both(machine, workload, SLOTS[scope], **system)
         assert_equal_decisions(measured, simulated)
@@ -137,7 +164,7 @@ def test_logs_are_equal_with_the_fewest_and_the_most_slots(machine: Machine, slo
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("evict", list(EVICTION))
 def test_prefetch_conserves_what_is_counted(machine: Machine, evict: str, batch: int) -> None:
-    for place, trace in product(PLACEMENT, TRACES.values()):
+    for place, trace in product(placements_for(evict), TRACES.values()):
         workload = lock_step(trace(), batch)
         for run in both(machine, workload, 3, evict=evict, place=place, prefetch="next-router"):
             layers = run.layers
@@ -148,6 +175,20 @@ def test_prefetch_conserves_what_is_counted(machine: Machine, evict: str, batch:
         measured, simulated = both(machine, workload, 3, evict=evict, place=place, prefetch="next-router")
         same = ["step", "layer", "phase", "assignments", "union"]
         pd.testing.assert_frame_equal(measured.layers[same], simulated.layers[same])
+
+
+@pytest.mark.parametrize("place", [name for name in PLACEMENT if PLACEMENT[name].takes_hits])
+def test_residents_on_the_cpu_change_no_token(machine: Machine, place: str) -> None:
+    """The CPU computes them from the host's copy, with the weights of their own place in the router's choice."""
+    wanted_tokens, wanted = plain(machine.device.name, "qwen3_moe", len(PROMPTS), 6)
+    for slots in (3, 8):
+        run = decoded(machine, PROMPTS, 6, slots, place=place)
+        assert run.tokens == wanted_tokens
+        assert_near(run.logits, wanted)
+        follow(run.operations, 2 * slots)
+    gpu_experts = run.operations[run.operations.op == GPU][["layer", "expert"]].itertuples(index=False)
+    cpu_experts = run.operations[run.operations.op == CPU][["layer", "expert"]].itertuples(index=False)
+    assert {*gpu_experts} & {*cpu_experts}, "with a slot for each expert, what the GPU has had is resident"
 
 
 def test_prefetches_have_their_events_and_hits(machine: Machine) -> None:

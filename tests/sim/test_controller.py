@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.policies import EVICTION, PLACEMENT, PREFETCH
+from sim.replay.calibration import TraceCalibration
+from sim.replay.feed import Feed
 from sim.results import RunResult
+from sim.run import simulate
+from sim.systems import Budget, SystemSpec
 from tests.sim.hand import EXPERT_BYTES, HandCosts, host, misses_by_step, run, total_misses, trace_of, workloads
 from traces.schema import NOT_ROUTED
 from traces.workload import Workload, one_at_a_time, routings
 
-PRODUCT = [(evict, place, scope) for evict in EVICTION for place in PLACEMENT for scope in ("layer", "global")]
-EVERY = pytest.mark.parametrize(("evict", "place", "scope"), PRODUCT, ids=[" ".join(names) for names in PRODUCT])
-FORCED = [name for name in EVICTION if not EVICTION[name].bypass]
+PAIRS = [
+    (evict, place) for evict in EVICTION for place in PLACEMENT if evict == "lru" or place in ("fetch", "hybrimoe")
+]
+"""Every eviction policy with a placement that uses the CPU and one that does not, and every placement with LRU."""
+
+EVERY = pytest.mark.parametrize(("evict", "place"), PAIRS, ids=[" ".join(names) for names in PAIRS])
+UNFITTED = [name for name in EVICTION if EVICTION[name].needs <= {"future"}]
+FORCED = [name for name in UNFITTED if not EVICTION[name].bypass]
 
 
 def columns(result: RunResult, *names: str) -> list[tuple[Any, ...]]:
@@ -181,11 +191,13 @@ def check_counts(workload: Workload, result: RunResult) -> None:
     expected = [(len(r.experts), r.assignments) for step in workload for r in routings(workload.trace, step)]
     assert columns(result, "union", "assignments") == expected
     assert (layers["hits_union"] + layers["late_hits"] + layers["misses"] == layers["union"]).all()
-    assert (layers["cpu_experts"] <= layers["misses"]).all()
+    assert (layers["cpu_experts"] <= layers["union"]).all()
     assert (layers["hits_assignments"] <= layers["assignments"]).all()
     assert (layers["hits_assignments"] >= layers["hits_union"]).all()
-    assert (layers["bytes"] == (layers["misses"] - layers["cpu_experts"]) * EXPERT_BYTES).all()
+    assert (layers["bytes"] <= layers["misses"] * EXPERT_BYTES).all()
+    assert (layers["bytes"] >= (layers["misses"] - layers["cpu_experts"]) * EXPERT_BYTES).all()
     operations = result.operations
+    assert (operations["op"] == "cpu").sum() == layers["cpu_experts"].sum()
     copies = operations[operations["op"] == "copy"]
     assert (copies["bytes"] == EXPERT_BYTES).all()
     prefetched = (result.events["kind"] == "prefetch").sum()
@@ -252,28 +264,38 @@ def check_times(result: RunResult) -> None:
             read[row.slot] = end_s
 
 
+def run_any(workload: Workload, slots: int, costs: HandCosts, staging: int, **system: Any) -> RunResult:
+    """A run of any system: its fitted policies learn from the very trace, and scores come from equal gates."""
+    trace = workload.trace
+    gates = np.where(trace.expert_ids == NOT_ROUTED, 0.0, 1.0 / trace.header.top_k).astype(np.float16)
+    workload = replace(workload, trace=replace(trace, gates=gates))
+    spec = SystemSpec(**system)
+    fit = TraceCalibration(Feed.of(trace, 1)) if "calibration" in spec.needs else None
+    return simulate(workload, spec, Budget(slots=slots, staging=staging), costs, hardware="by hand", calibration=fit)
+
+
 @EVERY
-@settings(max_examples=25)
-@given(runs())
+@settings(max_examples=25, deadline=None)
+@given(runs(), st.sampled_from(["layer", "global"]))
 def test_the_contract(
-    evict: str, place: str, scope: str, case: tuple[Workload, int, HandCosts, dict[str, Any], int]
+    evict: str, place: str, case: tuple[Workload, int, HandCosts, dict[str, Any], int], scope: str
 ) -> None:
     workload, slots, costs, system, staging = case
-    result = run(workload, slots, costs, staging=staging, evict=evict, place=place, scope=scope, **system)
+    result = run_any(workload, slots, costs, staging, evict=evict, place=place, scope=scope, **system)
     pools = 1 if scope == "global" else workload.trace.header.layers
     check_counts(workload, result)
     check_slots(result, slots, pools, staging)
     check_times(result)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(workloads(), st.integers(1, 8), st.sampled_from(["layer", "global"]))
 def test_nobody_misses_less_than_belady(workload: Workload, slots: int, scope: str) -> None:
-    misses = {evict: total_misses(run(workload, slots, evict=evict, scope=scope)) for evict in EVICTION}
+    misses = {evict: total_misses(run(workload, slots, evict=evict, scope=scope)) for evict in ("lru", "lfu", "belady")}
     assert misses["belady"] == min(misses.values())
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(workloads(), st.integers(1, 5), st.integers(1, 3), st.sampled_from(["layer", "global"]))
 def test_a_larger_lru_hits_whenever_a_smaller_one_did(workload: Workload, slots: int, more: int, scope: str) -> None:
     small, large = (run(workload, size, scope=scope).layers for size in (slots, slots + more))
@@ -281,8 +303,8 @@ def test_a_larger_lru_hits_whenever_a_smaller_one_did(workload: Workload, slots:
     assert (large["hits_assignments"] >= small["hits_assignments"]).all()
 
 
-@settings(max_examples=40)
-@given(workloads(), st.sampled_from([*EVICTION]), st.sampled_from(["layer", "global"]))
+@settings(max_examples=40, deadline=None)
+@given(workloads(), st.sampled_from(UNFITTED), st.sampled_from(["layer", "global"]))
 def test_a_cache_that_holds_everything_misses_once(workload: Workload, evict: str, scope: str) -> None:
     header = workload.trace.header
     slots = header.experts * (header.layers if scope == "global" else 1)
@@ -297,8 +319,13 @@ def test_a_cache_that_holds_everything_misses_once(workload: Workload, evict: st
     assert "evict" not in set(result.operations["op"])
 
 
-@settings(max_examples=60)
-@given(workloads(batch=1, most_k=1, prompts=False), st.integers(1, 4), st.sampled_from([*EVICTION]), st.randoms())
+@settings(max_examples=60, deadline=None)
+@given(
+    workloads(batch=1, most_k=1, prompts=False),
+    st.integers(1, 4),
+    st.sampled_from(["lru", "lfu", "belady"]),
+    st.randoms(),
+)
 def test_the_names_of_experts_do_not_matter_where_nothing_ties(
     workload: Workload, slots: int, evict: str, random: Any
 ) -> None:
@@ -313,17 +340,29 @@ def test_the_names_of_experts_do_not_matter_where_nothing_ties(
     pd.testing.assert_series_equal(before["misses"], after["misses"])
 
 
-@settings(max_examples=30)
-@given(workloads(), st.integers(1, 5), st.sampled_from([*EVICTION]), st.sampled_from([*PLACEMENT]))
+@settings(max_examples=60, deadline=None)
+@given(workloads(), st.integers(1, 5), st.sampled_from(UNFITTED), st.sampled_from([*PLACEMENT]))
 def test_decisions_do_not_depend_on_the_clock_without_prefetch(
     workload: Workload, slots: int, evict: str, place: str
 ) -> None:
+    slow = host(layer_s=0.3, readback_s=0.2, operation_s=0.1)
     logs = [
         run(workload, slots, costs, evict=evict, place=place, synchronous=synchronous).operations
-        for costs, synchronous in ((HandCosts(), False), (HandCosts(copy=9, gpu=0.1), False), (HandCosts(), True))
+        for costs, synchronous in (
+            (HandCosts(), False),
+            (HandCosts(dense=9, head=0.1, host=slow), False),
+            (HandCosts(), True),
+        )
     ]
     pd.testing.assert_frame_equal(logs[0], logs[1])
     pd.testing.assert_frame_equal(logs[0], logs[2])
+
+
+@settings(max_examples=30, deadline=None)
+@given(workloads(), st.integers(1, 5), st.sampled_from(["fetch", "cpu-on-miss", "static"]))
+def test_placements_that_weigh_nothing_do_not_depend_on_costs(workload: Workload, slots: int, place: str) -> None:
+    logs = [run(workload, slots, costs, place=place).operations for costs in (HandCosts(), HandCosts(copy=9, gpu=0.1))]
+    pd.testing.assert_frame_equal(*logs)
 
 
 @pytest.mark.parametrize("evict", FORCED)

@@ -1,10 +1,10 @@
-"""Every policy alone, on cases worked out by hand."""
+"""Eviction and prefetch policies alone, on cases worked out by hand; placements have a file of their own."""
 
 from __future__ import annotations
 
 import pytest
 
-from sim.policies import EVICTION, PLACEMENT, PREFETCH, LayerView, PolicyContext
+from sim.policies import EVICTION, PREFETCH, PolicyContext
 from sim.policies.base import NEVER
 from tests.sim.hand import HandCosts, misses_by_step, run, trace_of
 
@@ -51,22 +51,6 @@ def test_belady_ranks_by_the_next_use_after_the_event() -> None:
 def test_belady_without_a_future_is_refused() -> None:
     with pytest.raises(ValueError, match="belady must be given the future routing, got none"):
         EVICTION["belady"](CONTEXT)
-
-
-def view(misses: list[tuple[int, int]], free: int) -> LayerView:
-    return LayerView(0, [(9, 1)], misses, free, lambda tokens: 1.0, lambda tokens, first: 1.0, 1.0)
-
-
-def test_fetch_never_uses_the_cpu() -> None:
-    assert [*PLACEMENT["fetch"](CONTEXT).on_cpu(view([(0, 3), (1, 1)], 0))] == []
-
-
-def test_cpu_on_miss_fetches_the_most_loaded_into_free_slots() -> None:
-    policy = PLACEMENT["cpu-on-miss"](CONTEXT)
-    misses = [(5, 7), (0, 3), (3, 3), (1, 1)]  # most tokens first
-    assert [*policy.on_cpu(view(misses, 0))] == [5, 0, 3, 1]
-    assert [*policy.on_cpu(view(misses, 2))] == [3, 1]
-    assert [*policy.on_cpu(view(misses, 9))] == []
 
 
 def test_no_prefetch_wants_nothing() -> None:

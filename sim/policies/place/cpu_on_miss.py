@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-from sim.policies.base import LayerView, PlacementPolicy
+from sim.policies.base import Assignment, LayerView, PlacementPolicy
+from sim.policies.place.split import split
 
 
 class CpuOnMiss(PlacementPolicy):
@@ -17,5 +17,5 @@ class CpuOnMiss(PlacementPolicy):
 
     name: ClassVar[str] = "cpu-on-miss"
 
-    def on_cpu(self, view: LayerView) -> Sequence[int]:
-        return [expert for expert, _ in view.misses[view.free_slots :]]
+    def place(self, view: LayerView) -> Assignment:
+        return split(view, [expert for expert, _ in view.misses[view.free_slots :]])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-from sim.policies.base import LayerView, PlacementPolicy
+from sim.policies.base import Assignment, LayerView, PlacementPolicy
+from sim.policies.place.split import split
 
 
 class Fetch(PlacementPolicy):
@@ -14,5 +14,5 @@ class Fetch(PlacementPolicy):
     name: ClassVar[str] = "fetch"
     uses_cpu: ClassVar[bool] = False
 
-    def on_cpu(self, view: LayerView) -> Sequence[int]:
-        return ()
+    def place(self, view: LayerView) -> Assignment:
+        return split(view, ())
