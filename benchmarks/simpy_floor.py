@@ -4,21 +4,27 @@ The skeleton decides nothing and records nothing: one link server with its own p
 and one for a kernel, a kernel waits for its own copy. It replays the operations that the engine has logged. The engine
 decides them, and keeps the tables that a sweep keeps: requests, tokens and layers, without operations and events.
 
-    python -m benchmarks.simpy_floor [TRACE] [--repeats 5]
+    python -m benchmarks.simpy_floor [TRACE] [--repeats 5] [--out FILE.json]
 """
 
 from __future__ import annotations
 
+import datetime
 import heapq
+import json
 import statistics
 import time
 from collections.abc import Callable, Generator
+from importlib.metadata import version
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any
 
 import simpy
 import typer
 
+from analysis.files import check_file, write_text
+from real.calibrate import describe_machine
 from sim.costs import RooflineCosts
 from sim.engine import Engine
 from sim.results import RunResult
@@ -124,17 +130,36 @@ def measure(workload: Workload, repeats: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def shown(figures: dict[str, Any]) -> list[str]:
+    """One line for each contestant, from the figures that ``--out`` keeps."""
+    rates: dict[str, float] = figures["tokens_per_s"]
+    return [
+        f"{name:18} {rate:8.0f} decode tokens/s, {rate / rates['skeleton']:5.2f} of the skeleton's rate"
+        for name, rate in rates.items()
+    ]
+
+
 def main(
     trace: Annotated[str, typer.Argument(help="A recorded trace: a file, or a name that ships.")] = "mixed",
     repeats: Annotated[int, typer.Option(help="Runs of each; medians are printed.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Also keep the figures in this .json file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that --out names.")] = False,
 ) -> None:
     """Prints decode tokens a second of engine and skeleton (LRU, 25 %), on one core, and their ratio."""
+    if out is not None:
+        check_file(out, force=force)
     workload = one_at_a_time(load(find_trace(trace)))
     tokens = workload.describe()["new_tokens"]
-    seconds = measure(workload, repeats)
-    for name, run_s in seconds.items():
-        ratio = seconds["skeleton"] / run_s
-        print(f"{name:18} {tokens / run_s:8.0f} decode tokens/s, {ratio:5.2f} of the skeleton's rate")
+    figures = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": {**describe_machine(), "simpy": version("simpy")},
+        "trace": workload.trace.digest,
+        "repeats": repeats,
+        "tokens_per_s": {name: tokens / run_s for name, run_s in measure(workload, repeats).items()},
+    }
+    print("\n".join(shown(figures)))
+    if out is not None:
+        write_text(out, json.dumps(figures, indent=1) + "\n", force=force)
 
 
 if __name__ == "__main__":

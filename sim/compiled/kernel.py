@@ -12,18 +12,20 @@ from sim.compiled import jit
 from sim.compiled.stream import ASCENDING, Stream, arrange, bounds, gather
 from sim.compiled.twin import (
     ABSENT,
+    NOT_NEGATIVE,
     RANKED,
     RESIDENT,
+    UNSEEN,
     Array,
     Cache,
     admit,
     begin_sequence,
     enter,
     forget,
-    key,
     leave,
     observe,
     observe_scores,
+    own_victim,
     touch,
     victim,
 )
@@ -101,26 +103,11 @@ def _go(policy: Any, cache: Cache, out: Output, row: Array, pool: int, block: in
 
 @jit
 def _count_miss(cache: Cache, row: Array, block: int, step: int) -> None:
-    if not cache.seen[block]:
-        cache.seen[block] = 1
+    if cache.left[block] == UNSEEN:
+        cache.left[block] = -1
         row[COMPULSORY] += 1
     elif cache.left[block] == step:
         row[COLLISIONS] += 1
-
-
-@jit
-def _weakest_of_event(policy: Any, cache: Cache, found: int, event: int, misses_first: bool) -> int:
-    """Of the event's own blocks that are still marked, the one that is kept last."""
-    best, best_key, best_held = -1, 0.0, False
-    for index in range(found):
-        block = cache.union[index]
-        if cache.mark[block] != event:
-            continue
-        worth = key(policy, cache, block, event)
-        held = misses_first and cache.resident[block] == RESIDENT
-        if best < 0 or (held and not best_held) or (held == best_held and worth < best_key):
-            best, best_key, best_held = block, worth, held
-    return best
 
 
 @jit
@@ -164,7 +151,7 @@ def _force(
         used -= stream.weights[block]
         _go(policy, cache, out, row, pool, block, event, step)
     while used > setting.capacity:
-        block = _weakest_of_event(policy, cache, found, event, setting.misses_first)
+        block = own_victim(policy, cache, pool, found, event, setting.misses_first)
         cache.mark[block] = -1
         used -= weight
         if cache.resident[block]:
@@ -320,6 +307,38 @@ def replay_serial(
 
 
 @jit
+def _make_room(policy: Any, cache: Cache, setting: Setting, out: Output, place: tuple[int, ...]) -> int:
+    """Lets ``block`` into a full pool of a stream whose blocks weigh the same; returns how many blocks left it."""
+    step, decision, pool, block, event = place
+    if setting.bypass:
+        enter(policy, cache, pool, block, decision)
+    other = victim(policy, cache, pool, event, decision, False) & NOT_NEGATIVE
+    leave(policy, cache, pool, other, decision)
+    forget(policy, other)
+    if out.log.shape[0]:
+        _log(cache, out.log, decision, other, STREAMED if other == block else LEFT)
+    if other == block:
+        return 0
+    cache.resident[other] = ABSENT
+    cache.left[other] = step
+    if not setting.bypass:
+        enter(policy, cache, pool, block, decision)
+    cache.resident[block] = RESIDENT
+    admit(policy, block, event)
+    return 1
+
+
+@jit
+def _count_uses(row: Array, uses: int, hits: int) -> None:
+    """Counts events of one use each."""
+    row[ASSIGNMENTS] += uses
+    row[ACCESSES] += uses
+    row[EVENTS] += uses
+    row[HITS] += hits
+    row[HIT_ASSIGNMENTS] += hits
+
+
+@jit
 def replay_single(
     policy: Any, cache: Cache, stream: Stream, setting: Setting, out: Output, begin: int, end: int
 ) -> None:
@@ -327,42 +346,56 @@ def replay_single(
     of one block, and all blocks weigh the same. Both contracts mean the same there; decisions are uses."""
     ids, layers, experts, pools = stream.ids, stream.ids.shape[1], cache.counts.size, cache.size.size
     room, decision = setting.capacity * pools // layers, cache.clock[0]
+    weight, full = stream.weights[0], setting.capacity - stream.weights[0]
     for run in range(begin, end):
-        row, phase, first = out.table[stream.bins[run]], stream.bins[run] & 1, decision
-        hits, idle = 0, 0
+        row, phase = out.table[stream.bins[run]], stream.bins[run] & 1
+        first, misses, idle, compulsory, collisions, evictions, loaded = decision, 0, 0, 0, 0, 0, 0
         if stream.starts[run]:
             begin_sequence(policy)
         for step in range(stream.runs[run], stream.runs[run + 1]):
-            source = stream.rows[step] if stream.rows.size else step
+            source = (stream.rows[step] if stream.rows.size else step) & NOT_NEGATIVE
             missed = 0
             for layer in range(layers):
                 expert = ids[source, layer, 0]
                 if expert == NOT_ROUTED:
                     continue
-                pool, block = layer if pools > 1 else 0, layer * experts + expert
+                pool, block = layer if pools > 1 else 0, (layer * experts + expert) & NOT_NEGATIVE
                 if setting.next_use.size:
                     cache.upcoming[block] = setting.next_use[decision]
                 if setting.scored:
                     observe_scores(policy, stream, step, step + 1, layer)
                 observe(policy, cache, block, 1, step * layers + layer)
                 if cache.resident[block]:
-                    hits += 1
                     touch(policy, cache, pool, block, decision)
                 else:
                     missed += 1
-                    _serve(policy, cache, stream, setting, out, row, (step, decision, pool, block))
+                    loaded += stream.bytes[layer * experts]
+                    left = cache.left[block]
+                    compulsory += left == UNSEEN
+                    collisions += left == step
+                    if left == UNSEEN:
+                        cache.left[block] = -1
+                    if cache.used[pool] > full:
+                        place = (step, decision, pool, block, step * layers + layer)
+                        evictions += _make_room(policy, cache, setting, out, place)
+                    else:
+                        cache.used[pool] += weight
+                        enter(policy, cache, pool, block, decision)
+                        cache.resident[block] = RESIDENT
+                        admit(policy, block, step * layers + layer)
                 decision += 1
+            misses += missed
             if missed:
                 out.histogram[phase, missed] += 1
             else:
                 idle += 1
         uses = decision - first
-        row[ASSIGNMENTS] += uses
-        row[ACCESSES] += uses
-        row[EVENTS] += uses
-        row[HITS] += hits
-        row[HIT_ASSIGNMENTS] += hits
-        row[LOAD] += uses * stream.weights[0]
-        row[CROWDED] += uses * (stream.weights[0] > room)
+        _count_uses(row, uses, uses - misses)
+        row[COMPULSORY] += compulsory
+        row[COLLISIONS] += collisions
+        row[EVICTIONS] += evictions
+        row[BYTES] += loaded
+        row[LOAD] += uses * weight
+        row[CROWDED] += uses * (weight > room)
         out.histogram[phase, 0] += idle
     cache.clock[0] = decision

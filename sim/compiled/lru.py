@@ -1,62 +1,43 @@
-"""The compiled twin of ``lru``: a doubly linked list a pool, least recently used at its head."""
+"""The compiled twin of ``lru``: a ring a pool, least recently used first."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from sim.compiled.ring import ANY, OTHERS, append, closing, first, nodes, unlink
 from sim.compiled.twin import Array, Cache, Twin, register
 from sim.policies.evict.lru import Lru
 
 
 class LruState(NamedTuple):
-    """Links between blocks; pool p is closed into a ring by the node B + p."""
+    """Rings of blocks; that of pool p is closed by the node B + p."""
 
-    before: Array  # int32 [B + P]
-    after: Array  # int32 [B + P]
+    before: Array  # uint32 [B + P]
+    after: Array  # uint32 [B + P]
 
 
 def build(policy: Lru) -> LruState:
     """Empty rings."""
     context = policy.context
-    nodes = np.arange(context.blocks + (1 if context.shared else context.layers), dtype=np.int32)
-    return LruState(nodes.copy(), nodes.copy())
+    pools = 1 if context.shared else context.layers
+    return LruState(nodes(context.blocks, pools), nodes(context.blocks, pools))
 
 
 def victim(policy: Any, cache: Cache, pool: int, event: int, decision: int, guarded: bool) -> int:
-    ring = cache.resident.size + pool
-    block = policy.after[ring]
-    while guarded and block != ring and cache.mark[block] == decision:
-        block = policy.after[block]
-    return block if block != ring else -1
+    return first(policy.after, closing(cache, pool), cache, decision, OTHERS if guarded else ANY)
 
 
 def enter(policy: Any, cache: Cache, pool: int, block: int, decision: int) -> None:
-    ring = cache.resident.size + pool
-    last = policy.before[ring]
-    policy.before[block], policy.after[block] = last, ring
-    policy.after[last] = block
-    policy.before[ring] = block
+    append(policy.before, policy.after, closing(cache, pool), block)
 
 
 def leave(policy: Any, cache: Cache, pool: int, block: int, decision: int) -> None:
-    before, after = policy.before[block], policy.after[block]
-    policy.after[before] = after
-    policy.before[after] = before
+    unlink(policy.before, policy.after, block)
 
 
 def touch(policy: Any, cache: Cache, pool: int, block: int, decision: int) -> None:
-    ring = cache.resident.size + pool
-    before, after = policy.before[block], policy.after[block]
-    if after == ring:
-        return
-    policy.after[before] = after
-    policy.before[after] = before
-    last = policy.before[ring]
-    policy.before[block], policy.after[block] = last, ring
-    policy.after[last] = block
-    policy.before[ring] = block
+    unlink(policy.before, policy.after, block)
+    append(policy.before, policy.after, closing(cache, pool), block)
 
 
 register(Lru, Twin(LruState, build, victim=victim, enter=enter, leave=leave, touch=touch))

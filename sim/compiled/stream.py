@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.compiled import jit, jit_allocating
-from sim.compiled.twin import Array, Cache
+from sim.compiled.twin import NOT_NEGATIVE, UNSEEN, Array, Cache
 from traces.schema import NOT_ROUTED
 
 AS_ROUTED, ASCENDING, SHUFFLED = range(3)
@@ -99,10 +99,34 @@ def _sort(union: Array, counts: Array, found: int, base: int) -> None:
 
 
 @jit_allocating
+def _next_uses_single(stream: Stream, blocks: int) -> Array:
+    """The same for passes of one token with one expert a layer, from the last use to the first."""
+    ids, (_, layers, _) = stream.ids, stream.ids.shape
+    experts, passes, uses = blocks // layers, stream.runs[-1], 0
+    for step in range(passes):
+        for layer in range(layers):
+            uses += ids[step, layer, 0] != NOT_ROUTED
+    out, upcoming = np.empty(uses, np.int32), np.full(blocks, -1, np.int32)
+    for back in range(passes):
+        step = (passes - 1 - back) & NOT_NEGATIVE
+        source = (stream.rows[step] if stream.rows.size else step) & NOT_NEGATIVE
+        for layer in range(layers - 1, -1, -1):
+            expert = ids[source, layer, 0]
+            if expert != NOT_ROUTED:
+                uses -= 1
+                block = (layer * experts + expert) & NOT_NEGATIVE
+                out[uses & NOT_NEGATIVE] = upcoming[block]
+                upcoming[block] = uses
+    return out
+
+
+@jit_allocating
 def next_uses(stream: Stream, blocks: int, serial: bool, order: int, seed: int) -> Array:
     """For every use, in the order of a replay, the decision of the block's next one, -1 for none: int32 [uses]."""
     layers, experts = stream.ids.shape[1], blocks // stream.ids.shape[1]
-    out = np.full(stream.ids.size, -1, np.int32)
+    if serial and stream.ids.shape[2] == 1 and not stream.offsets.size:
+        return _next_uses_single(stream, blocks)
+    out = np.full(stream.ids.size if stream.runs[-1] else 0, -1, np.int32)
     last = np.full(blocks, -1, np.int64)
     union, counts = np.empty(experts, np.int64), np.zeros(experts, np.int64)
     uses = 0
@@ -132,8 +156,7 @@ def empty_cache(blocks: int, layers: int, shared: bool) -> Cache:
         place=np.zeros(blocks, np.int64),
         size=np.zeros(pools, np.int64),
         used=np.zeros(pools, np.int64),
-        left=np.full(blocks, -1, np.int64),
-        seen=np.zeros(blocks, np.uint8),
+        left=np.full(blocks, UNSEEN, np.int32),
         upcoming=np.full(blocks, -1, np.int64),
         union=np.empty(experts, np.int64),
         counts=np.zeros(experts, np.int64),

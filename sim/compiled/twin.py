@@ -17,6 +17,12 @@ from sim.policies.base import EvictionPolicy
 
 Array = Any  # numpy.ndarray to a reader, a numba type to the compiler
 
+NOT_NEGATIVE = 2**62 - 1
+"""Mask for an index that cannot be negative: the compiler then leaves out what counts from an array's end."""
+
+UNSEEN = -2
+"""Stands in ``Cache.left`` for a block that was never used."""
+
 ABSENT, RESIDENT, RANKED = 0, 1, 2
 """States of a block; a bypass policy ranks those that may come in together with the residents."""
 
@@ -31,8 +37,7 @@ class Cache(NamedTuple):
     place: Array  # int64 [B], where a block stands in ``members``
     size: Array  # int64 [P], how many of ``members`` a pool has
     used: Array  # int64 [P], weight of what is resident in a pool
-    left: Array  # int64 [B], pass of the last departure, -1 before it
-    seen: Array  # uint8 [B], used before
+    left: Array  # int32 [B], pass of the last departure; -1 before it, UNSEEN before the first use
     upcoming: Array  # int64 [B], decision of the next use, as of the last one
     union: Array  # int64 [E], blocks of the event at hand
     counts: Array  # int64 [E], tokens of each expert of the event at hand; 0 between events
@@ -73,6 +78,21 @@ def victim(policy: Any, cache: Cache, pool: int, event: int, decision: int, guar
             better = best < 0 or worth < best_key
         if better:
             best, best_key = block, worth
+    return best
+
+
+def own_victim(policy: Any, cache: Cache, pool: int, found: int, event: int, misses_first: bool) -> int:
+    """Of the event's own blocks that are still marked, of which not all fit, the one that is kept last. They stand in
+    ``cache.union[:found]``, ascending; with ``misses_first``, those that are not resident are kept before the rest."""
+    best, best_key, best_held = -1, 0.0, False
+    for index in range(found):
+        block = cache.union[index]
+        if cache.mark[block] != event:
+            continue
+        worth = key(policy, cache, block, event)
+        held = misses_first and cache.resident[block] == RESIDENT
+        if best < 0 or (held and not best_held) or (held == best_held and worth < best_key):
+            best, best_key, best_held = block, worth, held
     return best
 
 
@@ -122,6 +142,7 @@ class Twin:
     observe: Callable[..., None] = observe
     key: Callable[..., float] = key
     victim: Callable[..., int] = victim
+    own_victim: Callable[..., int] = own_victim
     enter: Callable[..., None] = enter
     touch: Callable[..., None] = touch
     leave: Callable[..., None] = leave
@@ -152,5 +173,17 @@ def _resolve(operation: Callable[..., Any]) -> None:
     overload(operation, strict=False, jit_options={"_nrt": False})(implementation)
 
 
-for _operation in (begin_sequence, observe_scores, observe, key, victim, enter, touch, leave, admit, forget):
+for _operation in (
+    begin_sequence,
+    observe_scores,
+    observe,
+    key,
+    victim,
+    own_victim,
+    enter,
+    touch,
+    leave,
+    admit,
+    forget,
+):
     _resolve(_operation)

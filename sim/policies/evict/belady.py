@@ -23,7 +23,7 @@ class Belady(EvictionPolicy):
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
         if context.future is None:
-            raise ValueError("belady must be given the future routing, got none")
+            raise ValueError(f"{self.name} must be given the future routing, got none")
         self._future: Future = context.future
         self._event = -1
 
