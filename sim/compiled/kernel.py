@@ -197,6 +197,13 @@ def _rank(
 
 
 @jit
+def _is_counted(stream: Stream, out: Output, run: int) -> bool:
+    """Whether a run is more than warm-up, whose row of the table is the last."""
+    last: int = out.table.shape[0] - 1
+    return bool(stream.bins[run] < last)
+
+
+@jit
 def replay_atomic(
     policy: Any, cache: Cache, stream: Stream, setting: Setting, out: Output, begin: int, end: int
 ) -> None:
@@ -204,7 +211,7 @@ def replay_atomic(
     layers, experts, pools = stream.ids.shape[1], cache.counts.size, cache.size.size
     room = setting.capacity * pools // layers
     for run in range(begin, end):
-        row, phase = out.table[stream.bins[run]], stream.bins[run] & 1
+        row, phase, counted = out.table[stream.bins[run]], stream.bins[run] & 1, _is_counted(stream, out, run)
         if stream.starts[run]:
             begin_sequence(policy)
         for step in range(stream.runs[run], stream.runs[run + 1]):
@@ -227,7 +234,7 @@ def replay_atomic(
                 row[HITS] += hits
                 row[BYTES] += (found - hits) * stream.bytes[layer * experts]
                 _count_event(row, found, found * stream.weights[layer * experts], room)
-            out.histogram[phase, missed] += 1
+            out.histogram[phase, missed] += counted
 
 
 @jit
@@ -271,7 +278,7 @@ def replay_serial(
     layers, experts, pools = stream.ids.shape[1], cache.counts.size, cache.size.size
     room, decision = setting.capacity * pools // layers, cache.clock[0]
     for run in range(begin, end):
-        row, phase = out.table[stream.bins[run]], stream.bins[run] & 1
+        row, phase, counted = out.table[stream.bins[run]], stream.bins[run] & 1, _is_counted(stream, out, run)
         if stream.starts[run]:
             begin_sequence(policy)
         for step in range(stream.runs[run], stream.runs[run + 1]):
@@ -302,7 +309,7 @@ def replay_serial(
                         _serve(policy, cache, stream, setting, out, row, (step, decision, pool, block))
                     decision += 1
                 _count_event(row, found, found * stream.weights[base], room)
-            out.histogram[phase, missed] += 1
+            out.histogram[phase, missed] += counted
     cache.clock[0] = decision
 
 
@@ -348,7 +355,7 @@ def replay_single(
     room, decision = setting.capacity * pools // layers, cache.clock[0]
     weight, full = stream.weights[0], setting.capacity - stream.weights[0]
     for run in range(begin, end):
-        row, phase = out.table[stream.bins[run]], stream.bins[run] & 1
+        row, phase, counted = out.table[stream.bins[run]], stream.bins[run] & 1, _is_counted(stream, out, run)
         first, misses, idle, compulsory, collisions, evictions, loaded = decision, 0, 0, 0, 0, 0, 0
         if stream.starts[run]:
             begin_sequence(policy)
@@ -386,7 +393,7 @@ def replay_single(
                 decision += 1
             misses += missed
             if missed:
-                out.histogram[phase, missed] += 1
+                out.histogram[phase, missed] += counted
             else:
                 idle += 1
         uses = decision - first
@@ -397,5 +404,5 @@ def replay_single(
         row[BYTES] += loaded
         row[LOAD] += uses * weight
         row[CROWDED] += uses * (weight > room)
-        out.histogram[phase, 0] += idle
+        out.histogram[phase, 0] += idle * counted
     cache.clock[0] = decision

@@ -69,7 +69,7 @@ class ObjectReplay:
                 self.policy.begin_sequence()
             for step in range(int(self.stream.runs[run]), int(self.stream.runs[run + 1])):
                 missed = sum(event_of(row, step, layer, union) for layer, union in self._unions(step))
-                self.out.histogram[phase, missed] += 1
+                self.out.histogram[phase, missed] += int(self.stream.bins[run]) < len(self.out.table) - 1
 
     def _unions(self, step: int) -> Iterator[tuple[int, dict[int, int]]]:
         """Yields (layer, {block: tokens} in order of appearance) for every event of a pass; tells the policy scores."""
