@@ -21,7 +21,7 @@ from traces.workload import Workload
 BOTH_WAYS = pytest.mark.parametrize("closed", [True, False], ids=["closed form", "events"])
 SYSTEMS = st.fixed_dictionaries(
     {
-        "evict": st.sampled_from([*EVICTION]),
+        "evict": st.sampled_from([name for name, kind in EVICTION.items() if kind.needs <= {"future"}]),
         "place": st.sampled_from([*PLACEMENT]),
         "prefetch": st.sampled_from([*PREFETCH]),
         "scope": st.sampled_from(["layer", "global"]),
