@@ -42,8 +42,15 @@ SCOPE = pytest.mark.parametrize("scope", ["layer", "global"])
 FEW = settings(max_examples=10, deadline=None)
 SOME = settings(max_examples=20, deadline=None)
 
-BY_ID = {"random": "it draws by block"}
-"""Policies in which an expert's number decides, with the reason."""
+FORCED = [name for name, kind in EVICTION.items() if not kind.bypass]
+"""Policies that keep each miss under the serial contract."""
+
+UNSCORED = [name for name, kind in EVICTION.items() if "scores" not in kind.needs]
+"""Policies that do not know how many experts a token could have had: what is taken from the scores depends on it."""
+
+NUMBER_BLIND = [name for name, kind in EVICTION.items() if name != "random" and "calibration" not in kind.needs]
+"""Policies to which an expert's number is nothing but the last tie: ``random`` draws by it, and a calibration trace
+would have to be renumbered, too."""
 
 
 def counted(outcome: Replay, name: str) -> int:
@@ -218,14 +225,12 @@ def test_no_policy_misses_less_than_belady(name: str, contract: str, scope: str,
     assert misses(play(feed, replace(way, policy="belady", options={}))) <= misses(play(feed, way))
 
 
-@EVERY
+@pytest.mark.parametrize("name", FORCED)
 @SCOPE
 @FEW
 @given(data=st.data())
 def test_no_policy_that_keeps_all_misses_less_than_belady_forced(name: str, scope: str, data: Any) -> None:
     """Serial, where each miss has to be kept by all of them."""
-    if EVICTION[name].bypass:
-        pytest.skip("a policy that may pass by is not bound by it")
     feed = data.draw(feeds(unequal=False))
     way = data.draw(ways(feed.trace, name, "serial", scope, slots=True))
     assert misses(play(feed, replace(way, policy="belady-forced", options={}))) <= misses(play(feed, way))
@@ -275,15 +280,13 @@ def test_one_layer_and_one_expert_at_a_time_is_the_same_under_both_contracts(nam
     assert atomic.log[:, 1:].tolist() == serial.log[:, 1:].tolist()
 
 
-@EVERY
+@pytest.mark.parametrize("name", UNSCORED)
 @CONTRACT
 @SCOPE
 @FEW
 @given(data=st.data())
 def test_a_stream_of_single_uses_is_the_same_in_every_kernel(name: str, contract: str, scope: str, data: Any) -> None:
     """The short kernel for one use an event counts as the general one does."""
-    if "scores" in EVICTION[name].needs:
-        pytest.skip("what it takes from the scores depends on the experts a token has")
     trace = data.draw(traces(tokens=True, most_k=1))
     way = data.draw(ways(trace, name, contract, scope))
     short, general = play(Feed.of(trace), way), play(Feed.of(widened(trace)), way)
@@ -312,14 +315,12 @@ def rerouted(trace: Trace, *, top_k: int, **arrays: Array) -> Trace:
 # What must not decide.
 
 
-@EVERY
+@pytest.mark.parametrize("name", NUMBER_BLIND)
 @SCOPE
 @FEW
 @given(data=st.data())
 def test_the_numbers_of_the_experts_do_not_decide(name: str, scope: str, data: Any) -> None:
     """Serial and as routed no two blocks were last used at once, so that no tie goes down to the number."""
-    if name in BY_ID or "calibration" in EVICTION[name].needs:
-        pytest.skip(f"{name}: {BY_ID.get(name, 'its calibration is not renumbered')}")
     trace = data.draw(traces(tokens=True))
     way = data.draw(ways(trace, name, "serial", scope))
     way = replace(way, order="as-routed")

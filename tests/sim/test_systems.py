@@ -84,7 +84,9 @@ def test_memory_buys_slots_to_the_byte(scope: str, pools: int) -> None:
 def test_too_little_memory_is_refused_with_the_least_that_would_do(scope: str, pools: int, held: str) -> None:
     sizes = {"layers": 8, "experts": 32, "expert_bytes": 1000, "outside_bytes": 500, "scope": scope}
     least = 500 + (pools + STAGING_SLOTS) * 1000
-    with pytest.raises(InputError, match=rf"at least {least} bytes .* and one {held} of 1000 .* got {least - 1}$"):
+    with pytest.raises(
+        InputError, match=rf"^gpu-memory must be at least {least} bytes .* and one {held} of 1000 .* got {least - 1}$"
+    ):
         budget_for_memory(least - 1, **sizes)
     assert budget_for_memory(least, **sizes).slots == 1
 
@@ -123,4 +125,5 @@ def test_a_system_says_what_it_needs() -> None:
     assert SystemSpec(prefetch="next-router").lookahead_depth == 1
     assert SystemSpec(prefetch="next-router", synchronous=True).lookahead_depth == 0
     assert SystemSpec(prefetch="next-router").label() == "lru + fetch + next-router"
+    assert SystemSpec(prefetch="next-router", synchronous=True).label() == "lru + fetch"
     assert SystemSpec(evict="lfu", place="cpu-on-miss").label() == "lfu + cpu-on-miss"
