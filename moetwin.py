@@ -11,10 +11,16 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+if TYPE_CHECKING:  # a room is imported when one of its commands runs
+    from real.decode import Machine
+    from sim.costs import Costs
+    from sim.systems import Budget, SystemSpec
+    from traces.schema import Trace
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -145,7 +151,8 @@ def _usage_message(error: Any) -> str:
     from traces.errors import unknown_name
 
     if isinstance(error, _parser.NoSuchOption):
-        known = [option for one in error.ctx.command.get_params(error.ctx) for option in one.opts]
+        options = [one for one in error.ctx.command.get_params(error.ctx) if one.param_type_name == "option"]
+        known = [name for one in options for name in (*one.opts, *one.secondary_opts)]
         return str(unknown_name("option", error.option_name, known))
     one = getattr(error, "param", None)
     if one is not None:
@@ -270,47 +277,26 @@ class _Twin:
 def _run_twin(device: str, repeats: int) -> _Twin:
     from analysis.compare import compare
     from real.calibrate import calibrate
-    from real.cli_run import bar, machine_of, status
-    from real.decode import decode, replay
-    from real.generate import Sampler
-    from real.record import encode
-    from sim.costs import RooflineCosts
+    from real.cli_run import machine_of
+    from real.decode import replay
+    from real.jobs import rough_costs
+    from real.progress import bar, status
     from sim.profile import ProfileCosts
     from sim.run import simulate
-    from sim.spec import catalogue
     from sim.systems import SystemSpec, parse_capacity
-    from traces.prompts import SHIPPED_PROMPTS, digest, load_prompts
     from traces.workload import one_at_a_time
 
-    every = load_prompts(SHIPPED_PROMPTS)
-    prompts = list({prompt.domain: prompt for prompt in reversed(every)}.values())[::-1]
     system = SystemSpec()
     with machine_of("moetwin-small", device=device) as machine:
         spec = machine.loaded.spec
-        budget = parse_capacity("25%", layers=spec.moe_layers, experts=spec.experts)
-        rough = RooflineCosts(spec, catalogue.hardware(catalogue.REFERENCE_MACHINE))
-        encoded = [tokens[:48] for tokens in encode(machine.loaded, prompts)]
-        with bar("decoding", len(prompts) * 40) as advance:
-            _, trace, tokens = decode(
-                machine,
-                encoded,
-                system,
-                budget,
-                rough,
-                max_new_tokens=40,
-                sampler=Sampler(temperature=0.8),
-                progress=advance,
-                domains=tuple(prompt.domain for prompt in prompts),
-                prompts_digest=digest(prompts),
-            )
+        budget, rough = parse_capacity("25%", layers=spec.moe_layers, experts=spec.experts), rough_costs(spec)
+        trace, samples = _decoded(machine, system, budget, rough)
         workload = one_at_a_time(trace)
         with bar("measuring", repeats * len(workload)) as advance:
             runs = [replay(machine, workload, system, budget, rough, progress=advance) for _ in range(repeats)]
         with status("calibrating this machine") as say:
             profile = calibrate(machine, name=machine.hardware, progress=say)
-        samples = [(machine.text(start), machine.text(new)) for start, new in zip(encoded, tokens, strict=True)]
-    costs = ProfileCosts(profile, spec)
-    simulated = simulate(workload, system, budget, costs, hardware=profile.name)
+    simulated = simulate(workload, system, budget, ProfileCosts(profile, spec), hardware=profile.name)
     return _Twin(
         trace=trace,
         profile=profile,
@@ -320,6 +306,33 @@ def _run_twin(device: str, repeats: int) -> _Twin:
         samples=samples,
         facts={"device": _device_line(machine.device.name, machine.hardware), **profile.machine},
     )
+
+
+def _decoded(machine: Machine, system: SystemSpec, budget: Budget, costs: Costs) -> tuple[Trace, list[tuple[str, str]]]:
+    """The routing of one prompt of every domain that ships, sampled with seed 0; each prompt with its continuation."""
+    from real.decode import decode
+    from real.generate import Sampler
+    from real.progress import bar
+    from real.record import encode
+    from traces.prompts import SHIPPED_PROMPTS, digest, load_prompts
+
+    every = load_prompts(SHIPPED_PROMPTS)
+    prompts = list({prompt.domain: prompt for prompt in reversed(every)}.values())[::-1]
+    encoded = [tokens[:48] for tokens in encode(machine.loaded, prompts)]
+    with bar("decoding", len(prompts) * 40) as advance:
+        _, trace, tokens = decode(
+            machine,
+            encoded,
+            system,
+            budget,
+            costs,
+            max_new_tokens=40,
+            sampler=Sampler(temperature=0.8),
+            progress=advance,
+            domains=tuple(prompt.domain for prompt in prompts),
+            prompts_digest=digest(prompts),
+        )
+    return trace, [(machine.text(start), machine.text(new)) for start, new in zip(encoded, tokens, strict=True)]
 
 
 def _device_line(name: str, hardware: str) -> str:

@@ -76,10 +76,13 @@ class RecordOptions:
         return values
 
 
+Domains = Annotated[str | None, typer.Option(help="Only prompts of these domains, separated by commas.")]
+
+
 def record(
     model: Annotated[str, typer.Option(help="moetwin-small, or the folder of a local checkpoint.")] = "moetwin-small",
     prompts: Annotated[Path | None, typer.Option(help="A .jsonl or .txt file; else the project's own.")] = None,
-    domains: Annotated[str, typer.Option(help="Only prompts of these domains, separated by commas.")] = "",
+    domains: Domains = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="A longer prompt is cut here.")] = 128,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to decode for each prompt.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together, in lock-step.")] = 1,
@@ -109,7 +112,7 @@ def record(
     given = RecordOptions(
         model=model,
         prompts="" if prompts is None else str(prompts),
-        domains=domains,
+        domains=",".join(names_in(domains)),
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
         batch=batch,
@@ -134,16 +137,14 @@ def record_with(options: RecordOptions) -> Trace:
     import torch
 
     from real.generate import Sampler
-    from real.models.load import SMALL_NAME, layers_of, load
+    from real.models.load import SMALL_NAME, dimensions, load
     from real.record import record as record_trace
 
     torch.set_num_threads(1)
-    prompts = choose(load_prompts(Path(options.prompts) if options.prompts else SHIPPED_PROMPTS), options.domains)
+    file = Path(options.prompts) if options.prompts else SHIPPED_PROMPTS
+    prompts = choose(load_prompts(file), options.domains or None)
     sampler = Sampler(options.temperature, seed=options.seed)
-    # the default goes with every model: what it expects of layers beyond the last one is empty
-    most = max(layers_of(options.model) - 1, RecordOptions.lookahead)
-    if not 0 <= options.lookahead <= most:
-        raise InputError(f"lookahead must be from 0 to {most} for this model's layers, got {options.lookahead}")
+    _check_lookahead(options.lookahead, dimensions(options.model).moe_layers)
     loaded = load(options.model)
     own = options.model == SMALL_NAME and not options.prompts
     with _progress(len(prompts)) as progress:
@@ -161,13 +162,33 @@ def record_with(options: RecordOptions) -> Trace:
         )
 
 
+def _check_lookahead(depth: int, layers: int) -> None:
+    """Raises :class:`InputError` for a depth beyond the layers; the default goes with every model.
+
+    What it expects of layers beyond the last one is empty.
+    """
+    most, why = layers - 1, " for this model's layers"
+    if most < RecordOptions.lookahead:
+        most, why = RecordOptions.lookahead, ""
+    if not 0 <= depth <= most:
+        raise InputError(f"lookahead must be from 0 to {most}{why}, got {depth}")
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def choose(prompts: list[Prompt], domains: str) -> list[Prompt]:
-    """The prompts of ``domains`` (comma-separated; all when empty), in the order of the file."""
-    wanted = [name.strip() for name in domains.split(",") if name.strip()]
+def names_in(domains: str | None) -> list[str]:
+    """The names in a list with commas, none for None; raises :class:`InputError` for a list without a name."""
+    names = [name.strip() for name in (domains or "").split(",") if name.strip()]
+    if domains is not None and not names:
+        raise InputError(f"domains must name at least one domain, got {domains!r}")
+    return names
+
+
+def choose(prompts: list[Prompt], domains: str | None) -> list[Prompt]:
+    """The prompts of ``domains`` (comma-separated; all when None), in the order of the file."""
+    wanted = names_in(domains)
     known = {prompt.domain for prompt in prompts}
     for name in wanted:
         if name not in known:
@@ -180,7 +201,8 @@ def _progress(prompts: int) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("recording", total=prompts)
         yield lambda done, steps: bar.update(task, completed=done, description=f"recording, step {steps}")
 
@@ -190,7 +212,10 @@ def _summary(trace: Trace, out: Path | None) -> Table:
     prefill = int((trace.phase == Phase.PREFILL).sum())
     table = Table(title="recorded trace", show_header=False)
     table.add_row("model", f"{header.model}, {header.layers} layers x {header.experts} experts, top-{header.top_k}")
-    table.add_row("sequences", f"{len(set(trace.sequence.tolist()))} over {len(set(header.domains))} domains")
+    domains = len(set(header.domains))
+    table.add_row(
+        "sequences", f"{len(set(trace.sequence.tolist()))} over {domains} domain{'' if domains == 1 else 's'}"
+    )
     table.add_row("tokens", f"{prefill} prefill, {len(trace) - prefill} decode, in {int(trace.step[-1]) + 1} steps")
     table.add_row("file", "not written" if out is None else f"{out} ({out.stat().st_size:,} bytes)")
     table.add_row("digest", trace.digest)

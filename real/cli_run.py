@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
-from real.cli import MOST_SEED, choose
+from real.cli import MOST_SEED, Domains, choose
+from real.jobs import Generation, Limits, PromptJob, TraceJob
+from real.progress import bar, status
 from sim import options
-from sim.costs import Costs, RooflineCosts
 from sim.results import RunResult, check_folder
+from sim.run import check_causal
 from sim.spec import ModelSpec, catalogue
-from sim.systems import Budget, SystemSpec
-from sim.target import budget_of, workload_of
+from sim.systems import SystemSpec
+from sim.target import DTYPE_OF
 from traces import prompts as prompt_files
 from traces import store
-from traces.errors import InputError
+from traces.errors import InputError, unknown_name
 from traces.prompts import SHIPPED_PROMPTS, Prompt, load_prompts
-from traces.schema import Trace
+from traces.schema import Trace, TraceError
 from traces.shipped import find_trace
 
 if TYPE_CHECKING:  # torch and transformers are imported when a model is run, not to print a help text
     from real.decode import Machine
-    from real.generate import Sampler
-    from sim.replay.calibration import TraceCalibration
 
 SMALL = "moetwin-small"
 Model = Annotated[
@@ -53,7 +52,7 @@ def decode(
     random_weights: RandomWeights = False,
     prompt: Annotated[str | None, typer.Option(help="A text to continue.")] = None,
     prompts: PromptFile = None,
-    domains: Annotated[str, typer.Option(help="Only prompts of these domains, separated by commas.")] = "",
+    domains: Domains = None,
     routing: Routing = None,
     repeats: Repeats = 1,
     evict: options.Evict = "lru",
@@ -89,24 +88,23 @@ def decode(
       moetwin decode --model olmoe-1b-7b --random-weights --routing mine.safetensors --gpu-memory 8GiB --dtype bf16
     """
     system = options.system_of(evict=evict, place=place, prefetch=prefetch, scope=scope, synchronous=synchronous)
-    folders = _check_outputs(out, trace_out, repeats, force=force)
-    texts, recorded = _given(routing, prompt, prompts, domains, trace_out, repeats, random_weights)
-    generation = _Generation(
-        max_prompt_tokens,
-        max_new_tokens,
-        _sampler(temperature, seed),
-        stream=not as_json and batch == 1,
-        full_trace=trace_out is not None,
-    )
-    limits = _Limits(batch, cache, gpu_memory, scope, options.calibration_of(calibration, recorded, batch))
-    if recorded is not None and random_weights:
-        _check_fit(recorded, limits, model, dtype)
+    texts = _Texts(prompt, prompts, domains)
+    recorded = _recorded(routing, texts, trace_out)
+    limits = Limits(batch, cache, gpu_memory, scope, options.calibration_of(calibration, recorded, batch))
+    if recorded is None:
+        _check_decoding(system, limits, repeats, random_weights)
+    outputs = _Outputs(out, trace_out, repeats, force)
+    job: TraceJob | PromptJob
+    if recorded is not None:
+        job = TraceJob(recorded, system, limits, repeats)
+    else:
+        shown, full = not as_json and batch == 1, trace_out is not None
+        generation = Generation(max_prompt_tokens, max_new_tokens, temperature, seed, shown, full)
+        job = PromptJob(texts.read(), system, limits, generation)
+    job.check(_dimensions(model, dtype, random_weights))
     with machine_of(model, dtype=dtype, device=device, random_weights=random_weights, seed=seed) as machine:
-        if recorded is not None:
-            runs, trace = _replay(machine, recorded, system, limits, repeats), recorded
-        else:
-            runs, trace = _continue(machine, texts, system, limits, generation)
-    options.show_run(runs[0], as_json=as_json, **_save(runs, folders, trace, trace_out, force=force))
+        runs, trace = job.run(machine)
+    options.show_run(runs[_fastest(runs)], as_json=as_json, **outputs.save(runs, trace))
 
 
 def calibrate(
@@ -142,106 +140,16 @@ def calibrate(
     Console(highlight=False).print(f"profile: {out} ({profile.digest[:12]})", soft_wrap=True)
 
 
-class _Limits:
-    """The memory limit as it was asked for, to be worked out once the model and its longest sequence are known; and
-    the trace that policies are fitted to."""
-
-    def __init__(
-        self, batch: int, cache: str | None, gpu_memory: str | None, scope: str, calibration: TraceCalibration | None
-    ) -> None:
-        self.batch, self.calibration = batch, calibration
-        self._given: dict[str, Any] = {"cache": cache, "gpu_memory": gpu_memory, "scope": scope}
-
-    def budget(self, spec: ModelSpec, context: int) -> Budget:
-        """The slots beside a KV cache of ``context`` tokens in every lane."""
-        return budget_of(spec, lanes=self.batch, context=context, **self._given)
-
-
-@dataclass(frozen=True)
-class _Generation:
-    """How prompts are continued, whether the text is shown as it grows, and whether the routing is recorded in full."""
-
-    max_prompt_tokens: int
-    max_new_tokens: int
-    sampler: Sampler
-    stream: bool
-    full_trace: bool
-
-
-def _check_fit(trace: Trace, limits: _Limits, model: str, dtype: str) -> None:
-    """Raises :class:`InputError` for a trace or a limit that does not fit a model that has yet to be built."""
-    from real.models.load import random_spec, torch_dtype
-
-    torch_dtype(dtype)
-    spec = random_spec(model).in_dtype(dtype)
-    _, context = workload_of(trace, spec, limits.batch)
-    limits.budget(spec, context)
-
-
-def _replay(machine: Machine, trace: Trace, system: SystemSpec, limits: _Limits, repeats: int) -> list[RunResult]:
-    from real.decode import replay
-
-    spec = machine.loaded.spec
-    workload, context = workload_of(trace, spec, limits.batch)
-    budget, costs = limits.budget(spec, context), _rough_costs(spec)
-    with bar("replaying", repeats * len(workload)) as advance:
-        return [
-            replay(machine, workload, system, budget, costs, calibration=limits.calibration, progress=advance)
-            for _ in range(repeats)
-        ]
-
-
-def _continue(
-    machine: Machine, texts: Sequence[Prompt], system: SystemSpec, limits: _Limits, generation: _Generation
-) -> tuple[list[RunResult], Trace]:
-    from real.decode import decode as decode_prompts
-    from real.record import encode
-
-    spec = machine.loaded.spec
-    encoded = [tokens[: generation.max_prompt_tokens] for tokens in encode(machine.loaded, texts)]
-    shown: dict[str, Any] = {}
-    if generation.stream:
-        shown = {"on_prompt": _announce(machine, encoded), "on_text": lambda text: typer.echo(text, nl=False)}
-    run, trace, _ = decode_prompts(
-        machine,
-        encoded,
-        system,
-        limits.budget(spec, max(map(len, encoded)) + generation.max_new_tokens),
-        _rough_costs(spec),
-        calibration=limits.calibration,
-        batch=limits.batch,
-        max_new_tokens=generation.max_new_tokens,
-        sampler=generation.sampler,
-        domains=tuple(prompt.domain for prompt in texts),
-        prompts_digest=prompt_files.digest(texts),
-        made_by="moetwin decode",
-        full_trace=generation.full_trace,
-        **shown,
-    )
-    if generation.stream:
-        typer.echo()
-    return [run], trace
-
-
-def _rough_costs(spec: ModelSpec) -> Costs:
-    """Predicted costs, for placement policies that weigh them."""
-    return RooflineCosts(spec, catalogue.hardware(catalogue.REFERENCE_MACHINE))
-
-
-def _announce(machine: Machine, encoded: Sequence[Sequence[int]]) -> Callable[[int], None]:
-    """What shows the text of a prompt, to be followed by its continuation."""
-
-    def show(index: int) -> None:
-        typer.secho(("\n\n" if index else "\n") + machine.text(encoded[index]), dim=True, nl=False)
-
-    return show
-
-
-def _sampler(temperature: float, seed: int) -> Sampler:
+def _dimensions(model: str, dtype: str, random_weights: bool) -> ModelSpec:
+    """What is known of a model before it is loaded; raises :class:`InputError` for one that cannot be."""
+    if dtype not in DTYPE_OF.values():
+        raise unknown_name("dtype", dtype, set(DTYPE_OF.values()))
+    if random_weights != (model == SMALL) and model in catalogue.model_names():
+        return catalogue.model(model).in_dtype(dtype)  # at once, where transformers takes seconds to be imported
     with status("loading"):
-        from real.generate import Sampler
+        from real.models.load import dimensions
 
-    return Sampler(temperature, seed=seed)
+        return dimensions(model, dtype=dtype, random_weights=random_weights)
 
 
 @contextmanager
@@ -263,69 +171,102 @@ def machine_of(
         yield machine
 
 
-@contextmanager
-def status(text: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr; what it yields changes the text."""
-    with Console(stderr=True).status(text) as spinner:
-        yield lambda what: spinner.update(what)
+@dataclass(frozen=True)
+class _Outputs:
+    """Where the runs and the trace go; raises :class:`InputError` for what could not be written after the work."""
+
+    out: Path | None
+    trace_out: Path | None
+    repeats: int
+    force: bool
+
+    def __post_init__(self) -> None:
+        if self.out is None and self.repeats > 1:
+            raise InputError(f"out must be given for {self.repeats} repeats, which are written side by side, got none")
+        for folder in self.folders:
+            check_folder(folder, force=self.force)
+        after = self._folder(self.repeats + 1)
+        if self.repeats > 1 and after is not None and after.exists():
+            raise InputError(f"out must have no folder of more repeats beside it, got {after}, which exists")
+        if self.trace_out is not None:
+            self._check_trace_out(self.trace_out)
+
+    @property
+    def folders(self) -> list[Path]:
+        """One for each repeat: DIR, DIR-2, DIR-3 and so on."""
+        numbered = map(self._folder, range(1, self.repeats + 1))
+        return [folder for folder in numbered if folder is not None]
+
+    def save(self, runs: Sequence[RunResult], trace: Trace) -> dict[str, str]:
+        """Writes what was asked for; returns what to tell of it."""
+        saved = [str(run.save(folder, force=self.force)) for run, folder in zip(runs, self.folders, strict=False)]
+        told = {"result": ", ".join(saved)} if saved else {}
+        if len(saved) > 1:
+            told["shown"] = f"{saved[_fastest(runs)]}, whose median token is the fastest of {len(saved)} repeats"
+        if self.trace_out is not None:
+            told["trace"] = str(store.save(trace, self.trace_out, force=self.force))
+        return told
+
+    def _folder(self, number: int) -> Path | None:
+        if self.out is None or number == 1:
+            return self.out
+        named = self.out if self.out.name not in ("", "..") else self.out.resolve()
+        return Path(f"{named}-{number}")
+
+    def _check_trace_out(self, path: Path) -> None:
+        try:
+            store.check_target(path, force=self.force)
+        except TraceError as error:
+            raise InputError(f"trace-{error}") from error  # it speaks of out
+        file = path.resolve()
+        for folder in (folder.resolve() for folder in self.folders):
+            if folder == file or folder in file.parents or file in folder.parents:
+                raise InputError(f"trace-out must be apart from the folder of out, got {path}")
 
 
-@contextmanager
-def bar(text: str, steps: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr; what it yields advances it by one."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(text, total=steps)
-        yield lambda: progress.advance(task)
+def _fastest(runs: Sequence[RunResult]) -> int:
+    """Which run has the fastest median token: the first of equals, and of runs that decode nothing."""
+    medians = [run.headline()["time_per_output_token_p50_s"] for run in runs]
+    return min(range(len(runs)), key=lambda index: medians[index] or 0.0)
 
 
-def _check_outputs(out: Path | None, trace_out: Path | None, repeats: int, *, force: bool) -> list[Path]:
-    """The folders of the repeats; raises :class:`InputError` before any work for what could not be written after it."""
-    folders = [] if out is None else [out, *(Path(f"{out}-{number}") for number in range(2, repeats + 1))]
-    for folder in folders:
-        check_folder(folder, force=force)
-    if trace_out is not None:
-        store.check_target(trace_out, force=force)
-    return folders
+@dataclass(frozen=True)
+class _Texts:
+    """The prompts, as they were asked for."""
+
+    prompt: str | None
+    prompts: Path | None
+    domains: str | None
+
+    @property
+    def given(self) -> bool:
+        return not (self.prompt is None and self.prompts is None and self.domains is None)
+
+    def read(self) -> list[Prompt]:
+        """The prompts themselves; raises :class:`InputError` for options that contradict each other."""
+        if self.prompt is None:
+            return choose(load_prompts(self.prompts or SHIPPED_PROMPTS), self.domains)
+        if self.prompts is not None or self.domains is not None:
+            raise InputError("prompt must be given without prompts and domains, got both")
+        if not self.prompt.strip():
+            raise InputError("prompt must hold text, got an empty one")
+        prompt_files.check_characters(self.prompt, "prompt")
+        return [Prompt("prompt", self.prompt)]
 
 
-def _save(
-    runs: Sequence[RunResult], folders: Sequence[Path], trace: Trace, trace_out: Path | None, *, force: bool
-) -> dict[str, str]:
-    """Writes what was asked for; returns what to tell of it."""
-    saved = [str(run.save(folder, force=force)) for run, folder in zip(runs, folders, strict=False)]
-    told = {"result": ", ".join(saved)} if saved else {}
-    if trace_out is not None:
-        told["trace"] = str(store.save(trace, trace_out, force=force))
-    return told
+def _recorded(routing: str | None, texts: _Texts, trace_out: Path | None) -> Trace | None:
+    """The trace whose routing is forced, if any; raises :class:`InputError` for options that contradict it."""
+    if routing is None:
+        return None
+    if texts.given or trace_out is not None:
+        raise InputError("routing must be given without prompts, domains and trace-out, got both")
+    return store.load(find_trace(routing))
 
 
-def _given(
-    routing: str | None,
-    prompt: str | None,
-    prompts: Path | None,
-    domains: str,
-    trace_out: Path | None,
-    repeats: int,
-    random_weights: bool,
-) -> tuple[list[Prompt], Trace | None]:
-    """The prompts, or the trace whose routing is forced; raises :class:`InputError` for options that contradict it."""
-    if routing is not None:
-        if prompt or prompts or domains or trace_out:
-            raise InputError("routing must be given without prompts, domains and trace-out, got both")
-        return [], store.load(find_trace(routing))
+def _check_decoding(system: SystemSpec, limits: Limits, repeats: int, random_weights: bool) -> None:
+    """Raises :class:`InputError` for what only a forced routing can have."""
     if random_weights:
         raise InputError("routing must be given with random-weights (they read no prompts), got none")
     if repeats > 1:
         raise InputError(f"repeats must be 1 without routing, got {repeats}")
-    return _texts(prompt, prompts, domains), None
-
-
-def _texts(prompt: str | None, prompts: Path | None, domains: str) -> list[Prompt]:
-    if prompt is None:
-        return choose(load_prompts(prompts or SHIPPED_PROMPTS), domains)
-    if prompts is not None or domains:
-        raise InputError("prompt must be given without prompts and domains, got both")
-    if not prompt.strip():
-        raise InputError("prompt must hold text, got an empty one")
-    prompt_files.check_characters(prompt, "prompt")
-    return [Prompt("prompt", prompt)]
+    check_causal(system, limits.calibration)

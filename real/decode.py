@@ -10,17 +10,18 @@ import torch
 from real.device import Device
 from real.executor import Executor
 from real.generate import HookChain, Sampler, TextStream, generate, left_pad
-from real.models.load import LoadedModel, check_free
-from real.record import Collector
+from real.models.load import LoadedModel
+from real.record import Collector, check_positions
 from real.routing import Replay
 from real.store import DeviceSlots, HostStore
 from sim.controller import ExpertShape, OffloadController, Predicted
 from sim.costs import Costs
 from sim.policies.base import Calibration
 from sim.results import RunResult
-from sim.run import build_controller, check_calibration, predictions_of, run_info
+from sim.run import build_controller, check_causal, predictions_of, run_info
 from sim.systems import Budget, SystemSpec
 from traces.errors import InputError
+from traces.memory import check_free
 from traces.schema import Phase, Trace
 from traces.workload import Step, Workload, lock_step, router_scores
 
@@ -54,7 +55,8 @@ class Machine:
                 self._slots = None
             if self.device.torch_device.type == "cpu":
                 needed = count * self.store.spec.expert_bytes
-                check_free(needed, "cache", f"{count} slots of {needed / 1e9:.1f} GB")
+                together = f"{count} slots of {needed / 1e9:.1f} GB together"
+                check_free(needed, "cache (or gpu-memory) must be lower: its slots", together)
             self._slots = DeviceSlots(self.store, count, self.device.torch_device)
         self._slots.clear()
         return self._slots
@@ -94,14 +96,13 @@ def decode(
     The trace has full scores and look-ahead with ``full_trace``, whose cost is a part of the measured dense time.
     ``on_prompt`` is told the index of a batch's first prompt before it is run, and ``on_text`` is handed the text of
     that prompt's continuation as it grows; ``header`` fields go into the trace. Raises :class:`InputError` for a
-    system that has to know the future.
+    system that has to know the future, and for more tokens than the model has positions.
     """
-    if "future" in system.needs:
-        raise InputError(f"evict must be causal to decode prompts, got {system.evict} (replay a trace with it instead)")
+    check_causal(system, calibration)
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
-    check_calibration(system, calibration)
     loaded = machine.loaded
+    check_positions(loaded, encoded, max_new_tokens)
     collector = Collector(loaded, lookahead_depth=3 if full_trace else 0, scores=full_trace)
     controller = _controller(loaded, system, budget, costs, calibration)
     tokens: list[list[int]] = []

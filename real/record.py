@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from real.generate import Sampler, generate, left_pad
-from real.models.load import DTYPES, LoadedModel
+from real.models.load import DTYPES, LoadedModel, quiet
 from real.routing import RouterCall, RouterTap, lookahead, router_scores
 from traces import prompts as prompt_files
 from traces.errors import InputError
@@ -130,12 +130,14 @@ def record(
     """Decodes every prompt, ``batch`` at a time in lock-step, and returns the trace of all forward passes.
 
     Sequences are numbered as the prompts are. A prompt is cut after ``max_prompt_tokens``. Raises
-    :class:`InputError` for a model without tokenizer, for no prompts, or for a count below 1.
+    :class:`InputError` for a model without tokenizer, for no prompts, for a count below 1, or for more tokens than
+    the model has positions.
     """
     for name, value in (("batch", batch), ("max_prompt_tokens", max_prompt_tokens), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     encoded = [tokens[:max_prompt_tokens] for tokens in encode(loaded, prompts)]
+    check_positions(loaded, encoded, max_new_tokens)
     collector = Collector(loaded, lookahead_depth=lookahead_depth, scores=scores)
     hooks = _Reporting(collector, progress)
     with RouterTap(loaded.layers, collector):
@@ -165,7 +167,19 @@ def encode(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[list[int]]:
         raise InputError(f"model must have a tokenizer to read prompts, got {loaded.spec.name!r} without one")
     if not prompts:
         raise InputError("prompts must be at least one, got none")
-    return [list(loaded.tokenizer(prompt.text)["input_ids"]) for prompt in prompts]
+    with quiet():  # it warns of texts longer than the model's positions, also of those that are cut afterwards
+        return [list(loaded.tokenizer(prompt.text)["input_ids"]) for prompt in prompts]
+
+
+def check_positions(loaded: LoadedModel, encoded: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises :class:`InputError` when the longest prompt and its new tokens exceed the positions of the model."""
+    most = getattr(loaded.config, "max_position_embeddings", None)
+    longest = max(map(len, encoded), default=0)
+    if most is not None and longest + max_new_tokens > most:
+        raise InputError(
+            f"prompt and max-new-tokens must together be at most the model's {most} positions, got {longest} and "
+            f"{max_new_tokens}"
+        )
 
 
 def software() -> dict[str, str]:

@@ -25,6 +25,13 @@ from traces.errors import InputError
 from traces.shipped import find_trace
 from traces.store import load as load_trace
 
+Model = Annotated[str | None, typer.Option(help="A model of the catalogue, or a TOML file; else the trace's own.")]
+Hardware = Annotated[
+    str | None,
+    typer.Option(
+        help="A machine of `moetwin hardware list`, gpu+cpu+link, or a TOML file.", show_default=REFERENCE_MACHINE
+    ),
+]
 HardwareSet = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="Change one number of the machine: link.gb_per_s=12, regime=graph."),
@@ -44,24 +51,16 @@ def simulate(
     scope: options.Scope = "layer",
     cache: options.Cache = None,
     gpu_memory: options.GpuMemory = None,
-    model: Annotated[
-        str | None, typer.Option(help="A model of the catalogue, or a TOML file; else the trace's own.")
-    ] = None,
+    model: Model = None,
     quant: Annotated[str | None, typer.Option(help="Format of the experts: fp32, bf16, int8, int4...")] = None,
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            help="A machine of `moetwin hardware list`, gpu+cpu+link, or a TOML file.",
-            show_default=REFERENCE_MACHINE,
-        ),
-    ] = None,
+    hardware: Hardware = None,
     link_gb_per_s: Annotated[float | None, typer.Option(help="Bandwidth of the link.")] = None,
     hardware_set: HardwareSet = None,
     compute_table: ComputeTableFile = None,
     profile: Annotated[
         Path | None, typer.Option(help="Measured costs of `moetwin calibrate`, not a catalogue.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences decoded together, in lock-step.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together, in lock-step.")] = 1,
     synchronous: options.Synchronous = False,
     events: Annotated[bool, typer.Option(help="Keep a row for every piece of work, for timelines.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder for the result's tables.")] = None,
@@ -121,6 +120,7 @@ class _Machine:
         """Its name, and what work of ``spec`` takes on it."""
         if self._profile is not None:
             measured = Profile.load(self._profile)
+            _check_format(spec, measured.model)
             return measured.name, ProfileCosts(measured, spec)
         machine = catalogue.overridden(catalogue.find_hardware(self._hardware or REFERENCE_MACHINE), self._changes)
         if self._table is None:
@@ -128,10 +128,25 @@ class _Machine:
         return machine.name, TableCosts(spec, machine, ComputeTable.load(self._table))
 
 
+def _check_format(spec: ModelSpec, measured: ModelSpec) -> None:
+    """Raises :class:`InputError`, with the way out, when weights were ``measured`` in another format than ``spec``'s.
+
+    A calibration measures all weights in one format, so that following both hints always ends.
+    """
+    for field, way in (
+        ("dtype", f"calibrate with --dtype {spec.dtype}"),
+        ("expert_bits", f"simulate with --quant {measured.dtype}"),
+    ):
+        wanted, got = getattr(spec, field), getattr(measured, field)
+        if wanted != got:
+            raise InputError(f"profile must be measured with {field} {wanted}, as in the model, got {got} ({way})")
+
+
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr over forward passes, redrawn at most once in a while."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    """A progress bar over forward passes, where stderr is a terminal, redrawn at most once in a while."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task, done = bar.add_task("simulating", total=steps), 0
 
         def advance() -> None:

@@ -21,6 +21,14 @@ from traces.shipped import find_trace
 if TYPE_CHECKING:
     from sim.replay.calibration import TraceCalibration
 
+
+def _not_empty(text: str | None) -> str | None:
+    """Raises :class:`InputError` for an empty capacity, which is not the same as none given."""
+    if text is not None and not text.strip():
+        raise InputError(f"cache must be a number of slots or a percentage, got {text!r}")
+    return text
+
+
 Evict = Annotated[
     str, typer.Option(help="Who leaves the cache: lru, lfu, lfru, mrs... (`moetwin cache policies` lists all).")
 ]
@@ -32,7 +40,10 @@ Place = Annotated[str, typer.Option(help="Where a missing expert runs: fetch, or
 Prefetch = Annotated[str, typer.Option(help="What is copied ahead: none, or next-router.")]
 Scope = Annotated[str, typer.Option(help="layer: each layer has its own slots; global: all share one pool.")]
 Cache = Annotated[
-    str | None, typer.Option(help="Experts that fit on the GPU: a share such as 25%, or slots.", show_default="25%")
+    str | None,
+    typer.Option(
+        help="Experts that fit on the GPU: a share such as 25%, or slots.", show_default="25%", callback=_not_empty
+    ),
 ]
 GpuMemory = Annotated[str | None, typer.Option(help="GPU memory to fit into, such as 8GiB, instead of --cache.")]
 Synchronous = Annotated[bool, typer.Option("--synchronous", help="One operation at a time, demand only (for parity).")]
@@ -41,12 +52,18 @@ Force = Annotated[bool, typer.Option("--force", help="Write into a folder, or ov
 
 
 def system_of(**choice: Any) -> SystemSpec:
-    """The system that the options describe; raises :class:`InputError` with the near names for an unknown policy."""
+    """The system that the options describe.
+
+    Raises :class:`InputError` with the near names for an unknown policy, and for a prefetch that would not be run.
+    """
     try:
-        return SystemSpec(**choice)
+        system = SystemSpec(**choice)
     except ValidationError as error:
         cause = error.errors()[0].get("ctx", {}).get("error")
         raise cause if isinstance(cause, InputError) else InputError(catalogue.first_fault(error)) from error
+    if system.synchronous and system.prefetch != "none":
+        raise InputError(f"prefetch must be none with synchronous (demand only), got {system.prefetch}")
+    return system
 
 
 def calibration_of(name: str | None, judged: Trace | None, batch: int) -> TraceCalibration | None:
@@ -61,9 +78,15 @@ def calibration_of(name: str | None, judged: Trace | None, batch: int) -> TraceC
     return TraceCalibration.of(store.load(find_trace(name)), judged, batch)
 
 
+COUNTS = frozenset({"decode_tokens", "late_hits", "misses", "cpu_experts"})
+"""Headline figures that are whole numbers."""
+
+
 def show_run(run: RunResult, *, as_json: bool, **extra: str) -> None:
     """Prints the headline figures of a run, as a table or as one JSON object with ``extra`` added."""
-    figures = run.headline()
+    figures = {
+        name: int(value) if name in COUNTS and value is not None else value for name, value in run.headline().items()
+    }
     if as_json:
         typer.echo(json.dumps({**run.info.model_dump(), **figures, **extra}))
         return

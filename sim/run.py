@@ -58,6 +58,13 @@ def check_calibration(system: SystemSpec, calibration: Calibration | None) -> No
         raise InputError(f"calibration must be given for {system.evict}, a trace apart from the one that is run")
 
 
+def check_causal(system: SystemSpec, calibration: Calibration | None = None) -> None:
+    """Raises :class:`InputError` unless ``system`` can run where the routing is not known beforehand."""
+    if "future" in system.needs:
+        raise InputError(f"evict must be causal to decode prompts, got {system.evict} (replay a trace with it instead)")
+    check_calibration(system, calibration)
+
+
 def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
     """For a step: by layer, by distance, the experts that the look-ahead names, most often named first.
 

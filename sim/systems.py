@@ -47,7 +47,8 @@ class SystemSpec(BaseModel):
 
     def label(self) -> str:
         """Short name for tables, such as ``lru + fetch + next-router``."""
-        parts = [self.evict, self.place] + ([] if self.prefetch == "none" else [self.prefetch])
+        ahead = [] if self.synchronous or self.prefetch == "none" else [self.prefetch]
+        parts = [self.evict, self.place, *ahead]
         return " + ".join(parts)
 
 
@@ -93,7 +94,7 @@ def budget_for_memory(
         least = outside_bytes + (pools + STAGING_SLOTS) * expert_bytes
         experts_held = "one expert" if scope == "global" else "one expert a layer"
         raise InputError(
-            f"gpu memory must be at least {least} bytes ({outside_bytes} outside the experts, {STAGING_SLOTS} staging "
+            f"gpu-memory must be at least {least} bytes ({outside_bytes} outside the experts, {STAGING_SLOTS} staging "
             f"slots and {experts_held} of {expert_bytes} bytes each), got {memory_bytes}"
         )
     return Budget(slots=slots)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.simpy_floor import shown
 from sim.results import RunResult
 from traces.store import load
 
@@ -40,9 +42,11 @@ def test_the_demo_runs_on_both_clocks_and_writes_its_report(tmp_path: Path) -> N
     assert again.stderr.strip().startswith("error: out must be")
 
 
-def test_the_floor_benchmark_prints_engine_and_skeleton() -> None:
-    outcome = python("-m", "benchmarks.simpy_floor")
+def test_the_floor_benchmark_prints_engine_and_skeleton(tmp_path: Path) -> None:
+    out = tmp_path / "floor.json"
+    outcome = python("-m", "benchmarks.simpy_floor", "--repeats", "1", "--out", str(out))
     assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.splitlines() == shown(json.loads(out.read_text(encoding="utf-8")))
     assert [line.split("  ")[0].strip() for line in outcome.stdout.splitlines()] == [
         "engine", "engine, by events", "skeleton",
     ]  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 import tomli_w
 import torch
 
+from benchmarks import simpy_floor
 from sim.spec import catalogue
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,7 @@ def test_a_few_layers_of_the_model_of_random_weights_decode_as_the_readme_shows(
     works(f"{RANDOM_MODEL} --model few.toml --json", tmp_path)
     outcome = run(f"{RANDOM_MODEL} --model few.toml --gpu-memory 1MiB", tmp_path)
     assert outcome.returncode == 2
-    assert outcome.stderr.startswith("error: gpu memory must be at least")
+    assert outcome.stderr.startswith("error: gpu-memory must be at least")
 
 
 @pytest.mark.gpu
@@ -122,9 +123,16 @@ def test_the_figures_of_the_readme_are_those_of_the_committed_results() -> None:
         ("noise", "noise", "{:.1%}"),
         ("skill", "skill", "{:.2f}"),
         ("Kendall", "kendall_tau", "{:.2f}"),
+        ("pairs that tau leaves out", "pairs_left_out", "{:.0%}"),
     ):
         (row,) = re.findall(rf"^\| {label}.*\| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE)
         assert [cell.replace(" %", "%") for cell in row] == [shown.format(one[key]) for one in (wide, small)], label
+
+
+def test_the_speed_of_the_engine_in_the_readme_is_that_of_the_committed_results() -> None:
+    file = ROOT / "analysis" / "results" / "xeon-2core-cpu" / "simpy_floor.json"
+    lines = re.findall(r"^    (.* decode tokens/s, .*)$", README, re.MULTILINE)
+    assert lines == simpy_floor.shown(json.loads(file.read_text(encoding="utf-8")))
 
 
 def test_the_worst_configurations_of_the_readme_are_those_of_the_committed_results() -> None:

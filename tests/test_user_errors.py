@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import tomli_w
 from typer.testing import CliRunner, Result
 
 import moetwin
 from real import cli_run
 from real.cli import RecordOptions, choose
-from real.cli_run import _announce
+from real.cli_run import _fastest
 from real.generate import Sampler
+from real.jobs import announce
 from sim.results import RunResult
 from sim.spec import catalogue
 from sim.systems import SystemSpec
 from sim.target import DTYPE_OF, parse_bytes
+from tests.sim.test_profile import MODEL, profile
 from traces import store, synthetic
 from traces.errors import InputError
-from traces.prompts import SHIPPED_PROMPTS, load_prompts
+from traces.prompts import SHIPPED_PROMPTS, Prompt, load_prompts
 from traces.schema import TraceHeader, WeightDtype
 from traces.shipped import find_trace
 
@@ -80,7 +83,32 @@ SMALL = synthetic.Sizes(sequences=1, prompt_tokens=2, new_tokens=2, layers=8, ex
         ("simulate mixed --out afile/x", "out must be a folder that can be written, got afile/x"),
         ("simulate mixed --out afile", "out must be a folder, got the file afile"),
         ("decode --prompt a --out afile/x", "out must be a folder that can be written, got afile/x"),
-        ("decode --prompt a --trace-out afile/x", "out must be a file that can be written, got afile/x"),
+        ("simulate mixed --batch 0", "batch must be greater than or equal to 1, got '0'"),
+        ("simulate mixed --cache=", "cache must be a number of slots or a percentage, got ''"),
+        (
+            "simulate mixed --synchronous --prefetch next-router",
+            "prefetch must be none with synchronous (demand only), got next-router",
+        ),
+        ("decode --prompt a --trace-out afile/x", "trace-out must be a file that can be written, got afile/x"),
+        ("decode --prompt a --trace-out . --force", "trace-out must be a file, got the folder ."),
+        ("decode --prompt a --out n --trace-out n", "trace-out must be apart from the folder of out, got n"),
+        ("decode --prompt a --out n --trace-out ./x/../n/t", "trace-out must be apart from the folder of out, got"),
+        ("decode --prompt a --out n/t --trace-out n", "trace-out must be apart from the folder of out, got n"),
+        ("decode --prompt a --evict belady", "evict must be causal to decode prompts, got belady (replay a trace"),
+        ("decode --prompt a --evict static", "calibration must be given for static, a trace apart from"),
+        ("decode --prompt a --cache 0", "cache must be between 1 and 32 slots, got 0 which is 0"),
+        ("decode --prompt a --cache=", "cache must be a number of slots or a percentage, got ''"),
+        ("decode --prompt a --gpu-memory 1MB", "gpu-memory must be at least 8241920 bytes"),
+        ("decode --prompt a --gpu-memory x", "gpu-memory must be a size such as 8GiB or 500MB, got 'x'"),
+        ("decode --prompt a --dtype int99", "dtype must be a known name, got 'int99' (one of bf16, fp16, fp32)"),
+        ("decode --routing olmoe.safetensors", "trace layers must be 8 as in moetwin-small, got 16"),
+        ("decode --routing plain.safetensors --prefetch next-router", "trace must have look-ahead of depth 1"),
+        ("decode --domains=", "domains must name at least one domain, got ''"),
+        ("decode --domains ,", "domains must name at least one domain, got ','"),
+        ("trace record --out x --domains ,", "domains must name at least one domain, got ','"),
+        ("decode --routing code --domains=", "routing must be given without prompts, domains and trace-out, got both"),
+        ("decode --prompt a --domains=", "prompt must be given without prompts and domains, got both"),
+        ("decode --routing code --repeats 3", "out must be given for 3 repeats, which are written side by side"),
         ("calibrate --out afile/x.toml", "out must be a file that can be written, got afile/x.toml"),
         ("calibrate --out afile", "out must be a new file (or give --force), got afile"),
         ("calibrate --out .", "out must be a file, got the folder ."),
@@ -96,13 +124,17 @@ SMALL = synthetic.Sizes(sequences=1, prompt_tokens=2, new_tokens=2, layers=8, ex
             "decode --routing code --repeats 2 --out runs",
             "out must be an empty or new folder (or give --force), got runs-2",
         ),
+        (
+            "decode --routing code --repeats 2 --out old --force",
+            "out must have no folder of more repeats beside it, got old-3, which exists",
+        ),
         ("decode --model olmoe-1b-7b --random-weights", "routing must be given with random-weights"),
         (f"decode {OLMOE} --routing code", "trace layers must be 16 as in olmoe-1b-7b, got 8"),
-        (f"decode {OLMOE} --routing olmoe.safetensors --gpu-memory 1MiB", "gpu memory must be at least"),
+        (f"decode {OLMOE} --routing olmoe.safetensors --gpu-memory 1MiB", "gpu-memory must be at least"),
         (f"decode {OLMOE} --routing olmoe.safetensors --dtype int8", "dtype must be a known name, got 'int8'"),
         (
             "decode --model moetwin-small --random-weights --routing code",
-            "random_weights must go with a catalogue model",
+            "random-weights must go with a catalogue model",
         ),
         (
             "decode --model nowhere.toml --random-weights --routing code",
@@ -112,6 +144,8 @@ SMALL = synthetic.Sizes(sequences=1, prompt_tokens=2, new_tokens=2, layers=8, ex
 )
 def test_what_cannot_be_used_is_refused_before_the_work(words: str, message: str, tmp_path: Path) -> None:
     store.save(synthetic.generate("zipf", 0, replace(SMALL, layers=16, experts=64, top_k=8)), "olmoe.safetensors")
+    store.save(synthetic.generate("zipf", 0, SMALL), "plain.safetensors")
+    (tmp_path / "old-3").mkdir()
     (tmp_path / "runs-2").mkdir()
     (tmp_path / "runs-2" / "mine").touch()
     assert refused(*words.split(" ")).startswith(f"error: {message}")
@@ -121,6 +155,7 @@ def test_what_cannot_be_used_is_refused_before_the_work(words: str, message: str
     ("words", "message"),
     [
         ("decode --prompt a --dtype fp8", "dtype must be a known name, got 'fp8' (did you mean fp32 or fp16?)"),
+        ("decode --model moetwin-smal", "model must be a known name, got 'moetwin-smal' (did you mean moetwin-small?)"),
         ("decode --prompt a --device gpu", "device must be cpu, cuda or auto, got 'gpu'"),
         ("calibrate --out x --device gpu", "device must be cpu, cuda or auto, got 'gpu'"),
         ("trace record --out x --lookahead 99", "lookahead must be from 0 to 7 for this model's layers, got 99"),
@@ -243,11 +278,31 @@ class _Machine:
 
 
 def test_each_prompt_is_shown_before_its_continuation(capsys: pytest.CaptureFixture[str]) -> None:
-    show = _announce(_Machine(), [[1, 2], [3, 4]])  # type: ignore[arg-type]
+    show = announce(_Machine(), [[1, 2], [3, 4]])  # type: ignore[arg-type]
     for index in (0, 1):
         show(index)
         print(f"<{index}>", end="")
     assert capsys.readouterr().out == "\n1 2<0>\n\n3 4<1>"
+
+
+def test_a_profile_of_another_format_says_the_way_out_and_the_way_works(tmp_path: Path) -> None:
+    sizes = synthetic.Sizes(sequences=1, prompt_tokens=2, new_tokens=2, layers=4, experts=8, top_k=2)
+    store.save(synthetic.generate("zipf", 0, sizes), "t.safetensors")
+    for dtype in ("fp32", "bf16"):
+        profile(model=MODEL.in_dtype(dtype)).save(tmp_path / f"{dtype}.toml")
+
+    def words(dtype: str, measured: str) -> list[str]:
+        fields = {**MODEL.model_dump(), "dtype": dtype}
+        (tmp_path / "mine.toml").write_text(tomli_w.dumps(fields), encoding="utf-8")
+        return ["simulate", "t.safetensors", "--model", "mine.toml", "--profile", f"{measured}.toml"]
+
+    assert refused(*words("bf16", "fp32")).endswith(", got fp32 (calibrate with --dtype bf16)")
+    assert run(*words("bf16", "bf16")).exit_code == 0
+    assert refused(*words("fp32", "bf16")).endswith(", got bf16 (calibrate with --dtype fp32)")
+    assert refused(*words("fp32", "fp32")).endswith(
+        "with expert_bits 16.0, as in the model, got 32.0 (simulate with --quant fp32)"
+    )
+    assert run(*words("fp32", "fp32"), "--quant", "fp32").exit_code == 0
 
 
 def test_repeats_are_written_side_by_side(tmp_path: Path) -> None:
@@ -255,12 +310,63 @@ def test_repeats_are_written_side_by_side(tmp_path: Path) -> None:
     words = ("decode", "--routing", str(file), "--device", "cpu", "--out", "run", "--json")
     result = run(*words, "--repeats", "3")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["result"] == "run, run-2, run-3"
-    runs = [RunResult.load(tmp_path / name) for name in ("run", "run-2", "run-3")]
+    told = json.loads(result.stdout)
+    assert told["result"] == "run, run-2, run-3"
+    names = ("run", "run-2", "run-3")
+    runs = [RunResult.load(tmp_path / name) for name in names]
+    fastest = names[_fastest(runs)]
+    assert told["shown"] == f"{fastest}, whose median token is the fastest of 3 repeats"
+    shown = RunResult.load(tmp_path / fastest).headline()["time_per_output_token_p50_s"]
+    assert told["time_per_output_token_p50_s"] == shown
+    assert shown == min(run.headline()["time_per_output_token_p50_s"] for run in runs)
+    assert [type(told[name]) for name in ("decode_tokens", "misses", "tokens_per_s")] == [int, int, float]
     assert {one.info.trace_digest for one in runs} == {runs[0].info.trace_digest}
     assert runs[0].operations.equals(runs[2].operations)
     assert not runs[0].tokens.end_s.equals(runs[2].tokens.end_s)
     assert refused(*words, "--repeats", "2").startswith("error: out must be an empty or new folder")
+
+
+def test_repeats_of_the_working_folder_stand_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = store.save(synthetic.generate("zipf", 0, SMALL), tmp_path / "t.safetensors")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = ("decode", "--routing", str(file), "--device", "cpu", "--out", ".", "--repeats", "2", "--json")
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["result"] == f"., {tmp_path / 'here-2'}"
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"here", "here-2"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("decode --prompt a --max-new-tokens 2200", "prompt and max-new-tokens must together be at most the model's"),
+        ("decode --prompt a --max-new-tokens 4 --gpu-memory 8241920 --prefetch next-router", ""),
+        ("trace record --out x --max-new-tokens 2048 --domains speeches", "prompt and max-new-tokens must together"),
+        ("simulate mixed --out /proc/x", "out must be a folder that can be written, got /proc/x"),
+    ],
+)
+def test_nothing_but_an_error_is_told_outside_a_terminal(words: str, message: str) -> None:
+    result = run(*words.split())
+    lines = result.stderr.splitlines()
+    assert result.exit_code == (2 if message else 0), result.output
+    assert [line.startswith(f"error: {message}") for line in lines] == ([True] if message else [])
+
+
+def test_a_long_prompt_is_cut_without_a_word(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("word " * 4000)
+    with caplog.at_level("WARNING"):
+        result = run("decode", "--prompts", "long.txt", "--max-new-tokens", "1", "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("domains", [None, "a", " b ,, a "])
+def test_domains_choose_prompts_in_the_order_of_the_file(domains: str | None) -> None:
+    prompts = [Prompt("a", "1"), Prompt("b", "2"), Prompt("a", "3"), Prompt("c", "4")]
+    wanted = {"a", "b", "c"} if domains is None else {name for name in domains if name in "abc"}
+    assert choose(prompts, domains) == [prompt for prompt in prompts if prompt.domain in wanted]
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -314,6 +420,14 @@ def test_usage_errors_of_a_group_are_one_line(name: str) -> None:
     assert "error:" not in alone.output
 
 
+def test_a_mistyped_option_offers_options_alone_both_ways_of_a_switch() -> None:
+    assert "(did you mean --no-events or " in refused("simulate", "mixed", "--no-event")
+    message = refused("simulate", "mixed", "--trace", "x")
+    offered = message.partition("(did you mean ")[2].rstrip("?)").split(" or ")
+    assert offered
+    assert all(name.startswith("--") for name in offered)
+
+
 def test_a_mistyped_option_offers_the_near_ones() -> None:
     assert refused("decode", "--repeat", "2").endswith(
         "got '--repeat' (did you mean --repeats or --temperature or --prefetch?)"
@@ -336,7 +450,7 @@ def test_an_example_of_the_help_is_a_command_with_names_that_exist(name: str, co
     words = shlex.split(example)
     assert words[: len(name.split()) + 1] == ["moetwin", *name.split()]
     given = command.make_context(name, words[len(name.split()) + 1 :]).params
-    choose(load_prompts(SHIPPED_PROMPTS), given.get("domains") or "")
+    choose(load_prompts(SHIPPED_PROMPTS), given.get("domains") or None)
     policies = {kind: given[kind] for kind in ("evict", "place", "prefetch", "scope") if kind in given}
     assert SystemSpec(**policies)
     for trace in (given.get("trace"), given.get("routing")):

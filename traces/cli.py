@@ -141,7 +141,7 @@ def require_model(header: TraceHeader, model: str) -> None:
 def _expert_bytes(text: str) -> int | tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
-        raise InputError(f"expert_bytes must be a whole number, or one for each layer with commas, got {text!r}")
+        raise InputError(f"expert-bytes must be a whole number, or one for each layer with commas, got {text!r}")
     values = tuple(int(part) for part in parts)
     return values[0] if len(values) == 1 else values
 

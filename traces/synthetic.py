@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from traces.errors import InputError, unknown_name
+from traces.memory import check_free
 from traces.schema import CHUNK_ELEMENTS, NOT_ROUTED, Array, Phase, Trace, TraceHeader
 
 MOST_SKEW = 8.0
@@ -45,13 +46,13 @@ class Sizes:
     def __post_init__(self) -> None:
         for name, least in (("sequences", 1), ("prompt_tokens", 0), ("new_tokens", 0), ("layers", 1), ("lookahead", 0)):
             _within(name, getattr(self, name), least)
-        _within("prompt_tokens + new_tokens", self.tokens, 1)
+        _within("prompt-tokens + new-tokens", self.tokens, 1)
         _within("experts", self.experts, 1, NOT_ROUTED - 1)
         _within("top_k", self.top_k, 1, self.experts)
         _within("skew", self.skew, 0.0, MOST_SKEW)
         _within("lookahead_recall", self.lookahead_recall, 0.0, 1.0)
         if len(self.layer_bytes) != self.layers:
-            raise InputError(f"expert_bytes must have one entry or {self.layers} entries, got {len(self.layer_bytes)}")
+            raise InputError(f"expert-bytes must have one entry or {self.layers} entries, got {len(self.layer_bytes)}")
         _within("expert_bytes", min(self.layer_bytes), 0)
 
     @property
@@ -100,7 +101,8 @@ GENERATORS: dict[str, Callable[..., Trace]] = {"zipf": zipf, "phase_change": pha
 def generate(name: str, seed: int, sizes: Sizes, **own: Any) -> Trace:
     """The trace of generator ``name`` with a fresh ``seed``, which stands in the header's ``made_by``.
 
-    ``own`` are the generator's own parameters. Raises :class:`InputError` for an unknown name or parameter.
+    ``own`` are the generator's own parameters. Raises :class:`InputError` for an unknown name or parameter, and for a
+    trace that the host's free memory would not hold while it is made.
     """
     if name not in GENERATORS:
         raise unknown_name("generator", name, GENERATORS)
@@ -109,16 +111,39 @@ def generate(name: str, seed: int, sizes: Sizes, **own: Any) -> Trace:
     for parameter in own:
         if parameter not in known:
             raise InputError(f"{parameter} must be left out for {name}, got {own[parameter]}")
+    _check_memory(sizes, own.get("period"))
     trace = GENERATORS[name](np.random.default_rng(seed), sizes, **own)
     made_by = trace.header.made_by.replace("(", f"(seed={seed}, ", 1)
     return replace(trace, header=trace.header.model_copy(update={"made_by": made_by}))
 
 
+def _check_memory(sizes: Sizes, period: int | None) -> None:
+    """Raises :class:`InputError` when the free memory is less than about the peak of making a trace.
+
+    The bytes of a row, of a choice (one expert of one token in one layer) and of a score are as they were measured.
+    """
+    rows = sizes.sequences * sizes.tokens
+    places = sizes.layers * sizes.experts
+    choice_bytes = 10 + (20 + 5 * sizes.lookahead if sizes.lookahead else 0)
+    row_bytes = 76 + choice_bytes * sizes.layers * sizes.top_k + 2 * places * sizes.scores
+    keys_bytes = 12 * sizes.sequences * places  # of one position of all sequences
+    orders_bytes = 4 * places * (rows // period if period else 1)
+    needed = rows * row_bytes + keys_bytes + orders_bytes
+    check_free(
+        needed,
+        "sequences x tokens x layers",
+        f"{sizes.sequences} x {sizes.tokens} x {sizes.layers}, which take about {needed / 1e9:.1f} GB",
+    )
+
+
 def _within(name: str, value: float, least: float, most: float | None = None) -> None:
-    """Raises :class:`InputError` unless ``least <= value <= most``; not-a-number is never within."""
+    """Raises :class:`InputError` unless ``least <= value <= most``; not-a-number is never within.
+
+    The error names the option of the command line, which has dashes.
+    """
     if not value >= least or (most is not None and not value <= most):
         rule = f"be at least {least}" if most is None else f"be from {least} to {most}"
-        raise InputError(f"{name} must {rule}, got {value}")
+        raise InputError(f"{name.replace('_', '-')} must {rule}, got {value}")
 
 
 def _races(rng: np.random.Generator, sizes: Sizes) -> Iterator[tuple[int, Array]]:

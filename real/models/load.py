@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from real.models import families
 from real.models.families import Family, MoeLayer
 from sim.spec import ModelSpec, catalogue
 from traces.errors import InputError, unknown_name
+from traces.memory import check_free
 
 SMALL_NAME = "moetwin-small"
 SMALL_FOLDER = Path(__file__).parent / "small"
@@ -70,18 +70,19 @@ def load(
     torch_dtype(dtype)
     if random_weights:
         return load_spec(random_spec(name_or_path), dtype=dtype, seed=seed, with_experts=with_experts)
-    folder = _checkpoint(name_or_path)
-    name = SMALL_NAME if folder == SMALL_FOLDER else folder.resolve().name
-    return _load_checkpoint(folder, name, dtype)
+    return _load_checkpoint(_checkpoint(name_or_path), dtype)
 
 
-def layers_of(name_or_path: str) -> int:
-    """MoE layers of ``moetwin-small`` or a local checkpoint, from its configuration; raises what :func:`load` does."""
+def dimensions(name_or_path: str, *, dtype: str = "fp32", random_weights: bool = False) -> ModelSpec:
+    """The dimensions of what :func:`load` loads for the same arguments, without its weights; raises what it does."""
+    torch_dtype(dtype)
+    if random_weights:
+        return random_spec(name_or_path).in_dtype(dtype)
     folder = _checkpoint(name_or_path)
     family = families.family(_model_type(folder))
-    with _as_input_error(folder):
+    with _as_input_error(folder), quiet():
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return family.spec(config, name_or_path).moe_layers
+    return family.spec(config, _name_of(folder)).in_dtype(dtype)
 
 
 def random_spec(name: str) -> ModelSpec:
@@ -90,14 +91,14 @@ def random_spec(name: str) -> ModelSpec:
     Raises :class:`InputError` for a checkpoint, which has weights, and for a name or file that is neither.
     """
     if name == SMALL_NAME or Path(name).is_dir():
-        raise InputError(f"random_weights must go with a catalogue model or a TOML file, got the checkpoint {name!r}")
+        raise InputError(f"random-weights must go with a catalogue model or a TOML file, got the checkpoint {name!r}")
     if name.endswith(".toml"):
         return catalogue.find_model(name)
     if "/" in name:
         raise InputError(f"model must be a folder that exists, got {name}")
     names = catalogue.model_names()
     if name not in names:
-        raise unknown_name("model", name, [*names, SMALL_NAME])
+        raise unknown_name("model", name, {*names, SMALL_NAME})
     return catalogue.model(name)
 
 
@@ -112,7 +113,7 @@ def load_spec(
     family = families.family_for(spec) if model_type is None else families.family(model_type)
     config = family.config(spec)
     _check_host_memory(spec.in_dtype(dtype) if dtype in DTYPES else spec)
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), attn_implementation="sdpa")
     layers = family.moe_layers(model)
     _fill(model, [layer.experts for layer in layers], seed, with_experts)
@@ -123,22 +124,6 @@ def _check_host_memory(spec: ModelSpec) -> None:
     """Raises :class:`InputError` when all weights of ``spec`` together exceed the host's free memory."""
     needed = spec.dense_bytes + spec.moe_layers * spec.experts * spec.expert_bytes
     check_free(needed, "model", f"{spec.name} with {needed / 1e9:.1f} GB of {spec.dtype} weights")
-
-
-def check_free(needed_bytes: int, field: str, got: str) -> None:
-    """Raises :class:`InputError` about ``field`` when the host's free memory is less than ``needed_bytes``."""
-    free = _free_host_bytes()
-    if needed_bytes > free:
-        raise InputError(f"{field} must fit the host's free memory ({free / 1e9:.1f} GB), got {got}")
-
-
-def _free_host_bytes() -> int:
-    """Memory that programs can still get; that of cached files counts where the system tells it."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _checkpoint(name_or_path: str) -> Path:
@@ -154,9 +139,13 @@ def _checkpoint(name_or_path: str) -> Path:
     )
 
 
-def _load_checkpoint(folder: Path, name: str, dtype: str) -> LoadedModel:
+def _name_of(folder: Path) -> str:
+    return SMALL_NAME if folder == SMALL_FOLDER else folder.resolve().name
+
+
+def _load_checkpoint(folder: Path, dtype: str) -> LoadedModel:
     family = families.family(_model_type(folder))
-    with _as_input_error(folder), _quiet():
+    with _as_input_error(folder), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch_dtype(dtype),
@@ -169,17 +158,21 @@ def _load_checkpoint(folder: Path, name: str, dtype: str) -> LoadedModel:
     model, info = loaded
     if info["missing_keys"]:
         raise InputError(f"{folder} must hold every weight of the model, got none for {min(info['missing_keys'])}")
-    return _finish(model, tokenizer, family.spec(model.config, name).in_dtype(dtype), family, _revision(folder))
+    spec = family.spec(model.config, _name_of(folder)).in_dtype(dtype)
+    return _finish(model, tokenizer, spec, family, _revision(folder))
 
 
 @contextmanager
 def _as_input_error(folder: Path) -> Iterator[None]:
     """Tells what transformers finds wrong with a checkpoint as a mistake in the input.
 
-    Its validation raises errors of several libraries, some of them derived from nothing but Exception.
+    Transformers passes on the errors of the libraries that it reads and validates with, and some of these derive from
+    nothing but Exception. Too little memory is not the checkpoint's fault.
     """
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
@@ -244,7 +237,7 @@ def _fill(model: PreTrainedModel, experts: list[nn.Module], seed: int, with_expe
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the log and the progress bars of transformers, and restores both."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -17,7 +17,7 @@ from real.decode import Machine, decode, replay
 from real.device import open_device
 from real.generate import Sampler
 from real.models.load import load_spec
-from real.record import Collector
+from real.record import Collector, check_positions
 from real.routing import RouterTap
 from sim.results import COLUMNS, RunResult
 from sim.run import simulate
@@ -160,14 +160,23 @@ def test_slots_that_do_not_fit_the_free_memory_are_refused(monkeypatch: pytest.M
     with machine_on("cpu") as machine:
         size = machine.loaded.spec.expert_bytes
         first = machine.slots(2)
-        monkeypatch.setattr("real.models.load._free_host_bytes", lambda: 3 * size)
+        monkeypatch.setattr("traces.memory.free_bytes", lambda: 3 * size)
         assert len(machine.slots(3)) == 3
         assert first.bytes == 0
         with pytest.raises(
-            InputError, match=r"cache must fit the host's free memory \(0\.0 GB\), got 4 slots of 0\.0 GB"
+            InputError,
+            match=r"cache \(or gpu-memory\) must be lower: its slots must fit the host's free memory \(0\.0 GB\), "
+            r"got 4 slots of 0\.0 GB together$",
         ):
             machine.slots(4)
         assert len(machine.slots(2)) == 2
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(machine: Machine) -> None:
+    most, given = machine.loaded.config.max_position_embeddings, (SystemSpec(), Budget(slots=4), COSTS)
+    with pytest.raises(InputError, match=rf"at most the model's {most} positions, got 7 and {most - 6}$"):
+        decode(machine, PROMPTS, *given, max_new_tokens=most - 6)
+    check_positions(machine.loaded, PROMPTS, most - 7)
 
 
 def test_progress_is_told_after_every_pass(machine: Machine) -> None:

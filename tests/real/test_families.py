@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from real.models import families
 from real.models.families import FAMILIES, family_for
-from real.models.load import SMALL_FOLDER, SMALL_NAME, layers_of, load, load_spec, random_spec
+from real.models.load import SMALL_FOLDER, SMALL_NAME, _as_input_error, dimensions, load, load_spec, random_spec
 from sim.spec import catalogue
 from tests.real import tiny
 from traces.errors import InputError
@@ -181,7 +181,7 @@ def test_revision_follows_the_weights(tmp_path) -> None:
 
 def test_unknown_name_offers_the_near_ones() -> None:
     with pytest.raises(
-        InputError, match=r"model must be a known name, got 'moetwin-smal' \(did you mean moetwin-small"
+        InputError, match=r"model must be a known name, got 'moetwin-smal' \(did you mean moetwin-small\?"
     ):
         load("moetwin-smal")
     with pytest.raises(InputError, match="did you mean mixtral-8x7b"):
@@ -205,7 +205,7 @@ def test_catalogue_name_needs_random_weights() -> None:
 
 
 def test_random_weights_do_not_go_with_a_checkpoint(tmp_path) -> None:
-    with pytest.raises(InputError, match="random_weights must go with a catalogue model"):
+    with pytest.raises(InputError, match="random-weights must go with a catalogue model"):
         load(str(tmp_path), random_weights=True)
 
 
@@ -229,17 +229,25 @@ def test_a_model_that_no_family_can_have_names_the_families() -> None:
         load("gpt-oss-20b", random_weights=True)
 
 
-def test_layers_are_read_from_the_configuration_alone(tmp_path) -> None:
+def test_dimensions_are_read_from_the_configuration_alone(tmp_path) -> None:
     tiny.model("deepseek_v2").config.save_pretrained(tmp_path)
-    assert layers_of(str(tmp_path)) == tiny.SPECS["deepseek_v2"].moe_layers
+    wanted = tiny.SPECS["deepseek_v2"].in_dtype("bf16")
+    found = dimensions(str(tmp_path), dtype="bf16")
+    assert found == wanted.model_copy(update={"name": tmp_path.name, "source": found.source})
+    assert dimensions("olmoe-1b-7b", random_weights=True) == catalogue.model("olmoe-1b-7b").in_dtype("fp32")
     with pytest.raises(InputError, match="got the catalogue name"):
-        layers_of("olmoe-1b-7b")
+        dimensions("olmoe-1b-7b")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe", "num_experts": []}))
-    for read in (layers_of, load):
+    for read in (dimensions, load):
         with pytest.raises(
             InputError, match=r"must be a checkpoint that transformers can load, got: .*'num_experts'.*int"
         ):
             read(str(tmp_path))
+
+
+def test_too_little_memory_is_not_told_as_a_broken_checkpoint(tmp_path) -> None:
+    with pytest.raises(MemoryError), _as_input_error(tmp_path):
+        raise MemoryError
 
 
 def test_broken_checkpoints_are_named(tmp_path) -> None:
@@ -274,7 +282,8 @@ def test_missing_weights_are_not_made_up(tmp_path, caplog) -> None:
 )
 def test_shipped_model_loads_and_decodes() -> None:
     loaded = load(SMALL_NAME)
-    assert loaded.spec.name == SMALL_NAME
+    assert loaded.spec == dimensions(SMALL_NAME)
+    assert loaded.spec == catalogue.model(SMALL_NAME).model_copy(update={"source": loaded.spec.source})
     assert loaded.spec.moe_layers >= 8
     assert loaded.spec.experts >= 16
     assert loaded.tokenizer is not None

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import real.cli
-from real.cli import RecordOptions
+from real.cli import RecordOptions, _check_lookahead, _summary
 from real.generate import Sampler, generate, left_pad
 from real.models.families import FAMILIES
 from real.models.load import load_spec
@@ -276,3 +276,26 @@ def test_interrupt_leaves_no_file(checkpoint: Path, tmp_path: Path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         real.cli.record(model=str(checkpoint), prompts=tmp_path / "prompts.jsonl", out=tmp_path / "a.safetensors")
     assert set(tmp_path.iterdir()) == before
+
+
+MODELS = " for this model's layers"
+
+
+@pytest.mark.parametrize(("layers", "most", "why"), [(8, 7, MODELS), (5, 4, MODELS), (4, 3, MODELS), (2, 3, "")])
+def test_a_look_ahead_is_as_deep_as_the_layers_or_the_default(layers: int, most: int, why: str) -> None:
+    _check_lookahead(most, layers)
+    with pytest.raises(InputError, match=f"^lookahead must be from 0 to {most}{why}, got {most + 1}$"):
+        _check_lookahead(most + 1, layers)
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 over 1 domain"), (3, "3 over 2 domains")])
+def test_the_summary_counts_domains(count: int, words: str) -> None:
+    trace = record(tiny.model(), PROMPTS[:count], max_new_tokens=1)
+    assert list(_summary(trace, None).columns[1].cells)[1] == words
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused() -> None:
+    loaded = tiny.model()
+    most = loaded.config.max_position_embeddings
+    with pytest.raises(InputError, match=rf"together be at most the model's {most} positions, got 2 and {most - 1}$"):
+        record(loaded, PROMPTS[1:2], max_prompt_tokens=2, max_new_tokens=most - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -182,17 +183,17 @@ def test_made_by_tells_the_generator_the_seed_and_the_parameters() -> None:
     ("changed", "message"),
     [
         ({"sequences": 0}, "sequences must be at least 1, got 0"),
-        ({"prompt_tokens": 0, "new_tokens": 0}, r"prompt_tokens \+ new_tokens must be at least 1, got 0"),
-        ({"new_tokens": -1}, "new_tokens must be at least 0, got -1"),
+        ({"prompt_tokens": 0, "new_tokens": 0}, r"prompt-tokens \+ new-tokens must be at least 1, got 0"),
+        ({"new_tokens": -1}, "new-tokens must be at least 0, got -1"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"experts": 70000}, "experts must be from 1 to 65534, got 70000"),
-        ({"top_k": 17}, "top_k must be from 1 to 16, got 17"),
+        ({"top_k": 17}, "top-k must be from 1 to 16, got 17"),
         ({"skew": -0.1}, "skew must be from 0.0 to 8.0, got -0.1"),
         ({"skew": math.nan}, "skew must be from 0.0 to 8.0, got nan"),
-        ({"expert_bytes": (1, 2, 3)}, "expert_bytes must have one entry or 2 entries, got 3"),
-        ({"expert_bytes": -1}, "expert_bytes must be at least 0, got -1"),
+        ({"expert_bytes": (1, 2, 3)}, "expert-bytes must have one entry or 2 entries, got 3"),
+        ({"expert_bytes": -1}, "expert-bytes must be at least 0, got -1"),
         ({"lookahead": -1}, "lookahead must be at least 0, got -1"),
-        ({"lookahead_recall": 1.5}, "lookahead_recall must be from 0.0 to 1.0, got 1.5"),
+        ({"lookahead_recall": 1.5}, "lookahead-recall must be from 0.0 to 1.0, got 1.5"),
     ],
 )
 def test_sizes_that_make_no_trace(changed: dict[str, Any], message: str) -> None:
@@ -217,3 +218,30 @@ def test_generators_refuse_what_they_do_not_know(name: str, own: dict[str, Any],
 def test_a_seed_is_not_negative() -> None:
     with pytest.raises(InputError, match="seed must be at least 0, got -1"):
         generate("zipf", -1, Sizes())
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "own"),
+    [
+        ("zipf", {}, {}),
+        ("markov", {}, {"locality": 0.5}),
+        ("zipf", {"scores": True}, {}),
+        ("zipf", {"lookahead": 3}, {}),
+        ("zipf", {"layers": 1, "top_k": 1}, {}),
+        ("phase_change", {"experts": 256}, {"period": 1}),
+    ],
+)
+def test_memory_is_asked_for_as_much_as_is_taken(
+    name: str, changed: dict[str, Any], own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = Sizes(**{"sequences": 4, "prompt_tokens": 0, "new_tokens": 2000, "layers": 4, **changed})
+    monkeypatch.setattr("traces.synthetic.CHUNK_ELEMENTS", 1)
+    tracemalloc.start()
+    generate(name, 0, sizes, **own)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    monkeypatch.setattr("traces.memory.free_bytes", lambda: 2 * peak)
+    generate(name, 0, sizes, **own)
+    monkeypatch.setattr("traces.memory.free_bytes", lambda: peak // 2)
+    with pytest.raises(InputError, match="sequences x tokens x layers must fit the host's free memory"):
+        generate(name, 0, sizes, **own)

@@ -58,10 +58,14 @@ def test_expert_bytes_may_differ_between_layers(file: Path) -> None:
     ("arguments", "message"),
     [
         (("synth", "zip"), "generator must be a known name, got 'zip'"),
-        (("synth", "zipf", "--top-k", "33"), "top_k must be from 1 to 32, got 33"),
+        (("synth", "zipf", "--top-k", "33"), "top-k must be from 1 to 32, got 33"),
         (("synth", "zipf", "--locality", "0.5"), "locality must be left out for zipf, got 0.5"),
-        (("synth", "zipf", "--expert-bytes", "1,x"), "expert_bytes must be a whole number.* got '1,x'"),
-        (("synth", "zipf", "--expert-bytes", "1,2"), "expert_bytes must have one entry or 8 entries, got 2"),
+        (("synth", "zipf", "--expert-bytes", "1,x"), "expert-bytes must be a whole number.* got '1,x'"),
+        (
+            ("synth", "zipf", "--sequences", "99999999", "--new-tokens", "999999"),
+            r"sequences x tokens x layers must fit the host's free memory \(.* GB\), got 99999999 x 1000063 x 8",
+        ),
+        (("synth", "zipf", "--expert-bytes", "1,2"), "expert-bytes must have one entry or 8 entries, got 2"),
     ],
 )
 def test_synth_refuses_and_writes_nothing(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
