@@ -69,7 +69,9 @@ def budget_of(
     if cache is not None and gpu_memory is not None:
         raise InputError(f"cache must not be given together with gpu-memory, got {cache} and {gpu_memory}")
     if gpu_memory is None:
-        return parse_capacity("25%" if cache is None else cache, layers=spec.moe_layers, experts=spec.experts, scope=scope)
+        return parse_capacity(
+            "25%" if cache is None else cache, layers=spec.moe_layers, experts=spec.experts, scope=scope
+        )
     return budget_for_memory(
         parse_bytes(gpu_memory, "gpu-memory"),
         layers=spec.moe_layers,
