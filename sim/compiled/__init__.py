@@ -43,6 +43,12 @@ def jit(function: _F) -> _F:
     return cast("_F", numba.njit(cache=True, nogil=True, _nrt=False)(function))
 
 
+def jit_inlined(function: _F) -> _F:
+    """The same, compiled into its callers: a call would hand over every field of every tuple, more than a hundred
+    numbers, which takes as long as the work."""
+    return cast("_F", numba.njit(cache=True, nogil=True, _nrt=False, forceinline=True)(function))
+
+
 def jit_allocating(function: _F) -> _F:
     """Compiles a function that makes arrays."""
     return cast("_F", numba.njit(cache=True, nogil=True)(function))

@@ -1,7 +1,8 @@
 """The compiled twins of ``belady`` and ``belady-forced``: a knock-out tournament a pool, won by what leaves next.
 
-Of two blocks the one with the farther next use wins, else the one that was used longer ago, else the lower one. A hit
-moves a block's next use away; it seldom wins more than a round by that.
+Of two blocks the one with the farther next use wins, else the one that was used longer ago, else the lower one. The
+first round is between the blocks of a box. A hit moves a block's next use away; it seldom wins its box by that, and
+then nothing has to be done.
 """
 
 from __future__ import annotations
@@ -16,33 +17,47 @@ from sim.policies.base import NEVER
 from sim.policies.evict.belady import Belady
 from sim.policies.evict.belady_forced import BeladyForced
 
+BOX = 8
 LOW = 2**31 - 1
 OUT = -1
 
 
 class BeladyState(NamedTuple):
-    """W is the number of blocks of a pool, rounded up to a power of two. Match m of a pool is between the winners of
-    2 * m and 2 * m + 1, the last is 1; W + w is the place of the pool's block w."""
+    """A pool has M boxes of seats, M a power of two, at least one seat for each of its blocks. Match m of a pool is
+    between the winners of 2 * m and 2 * m + 1, the last is 1; M + n is the round within box n."""
 
-    rank: Array  # int64 [P * W], by place: next use in the upper bits, how long not used in the lower ones; or OUT
-    winner: Array  # uint32 [P, 2 * W], by match: a block, counted from the first of its pool
-    width: int
+    rank: Array  # int64 [P, BOX * M], by seat: next use in the upper bits, how long not used in the lower ones; or OUT
+    owner: Array  # int32 [P, BOX * M], by seat: its block; of a free seat the one that is taken after it
+    free: Array  # int32 [P], the seat that is taken next
+    seat: Array  # int32 [B]
+    winner: Array  # uint32 [P, 2 * M], by match: a seat
+    uses: Array  # int64 [1], so far
 
 
 class BeladyForcedState(NamedTuple):
     """The same, under a name of its own."""
 
     rank: Array
+    owner: Array
+    free: Array
+    seat: Array
     winner: Array
-    width: int
+    uses: Array
 
 
 def _arrays(policy: Belady) -> tuple[Any, ...]:
-    pools = 1 if policy.context.shared else policy.context.layers
-    width = 1 << (policy.context.blocks // pools - 1).bit_length()
-    rounds = [np.arange(0, width, step) for step in (width >> n for n in range(width.bit_length()))]
-    matches = np.concatenate([[0], *rounds]).astype(np.uint32)  # while nobody is in, the lower side wins
-    return np.full(pools * width, OUT, np.int64), np.tile(matches, (pools, 1)), width
+    blocks, pools = policy.context.blocks, 1 if policy.context.shared else policy.context.layers
+    boxes = 1 << ((blocks // pools - 1) // BOX).bit_length()
+    rounds = [BOX * np.arange(0, boxes, step) for step in (boxes >> n for n in range(boxes.bit_length()))]
+    winner = np.concatenate([[0], *rounds]).astype(np.uint32)  # while nobody is in, the lower side wins
+    return (
+        np.full((pools, BOX * boxes), OUT, np.int64),
+        np.tile(np.arange(1, BOX * boxes + 1, dtype=np.int32), (pools, 1)),
+        np.zeros(pools, np.int32),
+        np.zeros(blocks, np.int32),
+        np.tile(winner, (pools, 1)),
+        np.zeros(1, np.int64),
+    )
 
 
 def build(policy: Belady) -> BeladyState:
@@ -56,29 +71,17 @@ def build_forced(policy: BeladyForced) -> BeladyForcedState:
 
 
 @jit
-def _entrant(policy: Any, cache: Cache, pool: int, block: int) -> int:
-    """The number of ``block`` in its pool."""
-    return (block - pool * cache.counts.size if cache.size.size > 1 else block) & NOT_NEGATIVE
-
-
-@jit
-def _beaten(policy: Any, pool: int, place: int, rank: int) -> bool:
-    """Whether the winner of ``place``'s opponent has more than ``rank``, or as much on the lower side."""
-    other = policy.winner[pool, place ^ 1]
-    other_rank: int = policy.rank[(pool * policy.width + other) & NOT_NEGATIVE]
-    return other_rank + (place & 1) > rank
-
-
-@jit
-def _rise(policy: Any, cache: Cache, pool: int, block: int, decision: int) -> None:
-    """Ranks ``block`` anew, no lower than before; no next use at all, -1, is the largest number of the upper bits."""
-    entrant = _entrant(policy, cache, pool, block)
-    rank = ((cache.upcoming[block] & LOW) << 31) + LOW - decision
-    policy.rank[(pool * policy.width + entrant) & NOT_NEGATIVE] = rank
-    place = (policy.width + entrant) & NOT_NEGATIVE
-    while place > 1 and not _beaten(policy, pool, place, rank):
-        place = (place >> 1) & NOT_NEGATIVE
-        policy.winner[pool, place] = entrant
+def _rise(policy: Any, cache: Cache, pool: int, block: int) -> None:
+    """Ranks ``block`` anew, no lower than before; no next use at all, -1, is the largest number of the upper bits. The
+    blocks of an event come one after the other, the lowest first: no two have the same rank."""
+    policy.uses[0] += 1
+    rank = ((cache.upcoming[block] & LOW) << 31) + LOW - policy.uses[0]
+    seat = policy.seat[block] & NOT_NEGATIVE
+    policy.rank[pool, seat] = rank
+    match = (policy.winner.shape[1] // 2 + seat // BOX) & NOT_NEGATIVE
+    while match > 0 and policy.rank[pool, policy.winner[pool, match]] <= rank:
+        policy.winner[pool, match] = seat
+        match >>= 1
 
 
 def key(policy: Any, cache: Cache, block: int, event: int) -> float:
@@ -86,33 +89,43 @@ def key(policy: Any, cache: Cache, block: int, event: int) -> float:
 
 
 def victim(policy: Any, cache: Cache, pool: int, event: int, decision: int, guarded: bool) -> int:
-    entrant = policy.winner[pool, 1]
-    block = entrant + (pool * cache.counts.size if cache.size.size > 1 else 0)
+    seat = policy.winner[pool, 1]
     # What an event uses was last told to be used next now, sooner than all others: it wins only when it is alone.
-    alone = policy.rank[(pool * policy.width + entrant) & NOT_NEGATIVE] == OUT
-    return -1 if alone or (guarded and cache.mark[block] == decision) else block
+    if policy.rank[pool, seat] == OUT:
+        return -1
+    block = policy.owner[pool, seat] & NOT_NEGATIVE
+    return -1 if guarded and cache.mark[block] == decision else block
 
 
 def enter(policy: Any, cache: Cache, pool: int, block: int, decision: int) -> None:
-    _rise(policy, cache, pool, block, decision)
+    seat = policy.free[pool] & NOT_NEGATIVE
+    policy.free[pool] = policy.owner[pool, seat]
+    policy.owner[pool, seat] = block
+    policy.seat[block] = seat
+    _rise(policy, cache, pool, block)
 
 
 def touch(policy: Any, cache: Cache, pool: int, block: int, decision: int) -> None:
-    _rise(policy, cache, pool, block, decision)
+    _rise(policy, cache, pool, block)
 
 
 def leave(policy: Any, cache: Cache, pool: int, block: int, decision: int) -> None:
-    entrant = _entrant(policy, cache, pool, block)
-    base, best, rank = pool * policy.width, entrant, OUT
-    policy.rank[(base + entrant) & NOT_NEGATIVE] = OUT
-    place = (policy.width + entrant) & NOT_NEGATIVE
-    while place > 1:  # what is carried along need not be read back, which would take most of the time
-        other = policy.winner[pool, place ^ 1] & NOT_NEGATIVE
-        other_rank = policy.rank[(base + other) & NOT_NEGATIVE]
-        wins = other_rank + (place & 1) > rank
-        best, rank = other if wins else best, other_rank if wins else rank
-        place = (place >> 1) & NOT_NEGATIVE
-        policy.winner[pool, place] = best
+    seat = policy.seat[block] & NOT_NEGATIVE
+    policy.owner[pool, seat] = policy.free[pool]
+    policy.free[pool] = seat
+    policy.rank[pool, seat] = OUT
+    best, rank = seat, OUT
+    for other in range(seat // BOX * BOX, seat // BOX * BOX + BOX):
+        other_rank = policy.rank[pool, other]
+        best, rank = other if other_rank > rank else best, max(other_rank, rank)
+    match = (policy.winner.shape[1] // 2 + seat // BOX) & NOT_NEGATIVE
+    policy.winner[pool, match] = best
+    while match > 1:  # what is carried along need not be read back, which would take most of the time
+        other = policy.winner[pool, match ^ 1] & NOT_NEGATIVE
+        other_rank = policy.rank[pool, other]
+        best, rank = other if other_rank > rank else best, max(other_rank, rank)
+        match = (match >> 1) & NOT_NEGATIVE
+        policy.winner[pool, match] = best
 
 
 register(Belady, Twin(BeladyState, build, key=key, victim=victim, enter=enter, touch=touch, leave=leave))

@@ -1,14 +1,27 @@
 """The compiled replay: the events of a stream against a cache, under the atomic or the serial contract.
 
 Each kernel is compiled once for every twin, by the type of its state. What is counted stands in
-``sim/replay/counts.py``, the operations of a twin in ``sim/compiled/twin.py``.
+``sim/compiled/counts.py``, the operations of a twin in ``sim/compiled/twin.py``.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from sim.compiled import jit
+from sim.compiled import jit, jit_inlined
+from sim.compiled.counts import (
+    ACCESSES,
+    ASSIGNMENTS,
+    BYTES,
+    COLLISIONS,
+    COMPULSORY,
+    CROWDED,
+    EVENTS,
+    EVICTIONS,
+    HIT_ASSIGNMENTS,
+    HITS,
+    LOAD,
+)
 from sim.compiled.stream import ASCENDING, Stream, arrange, bounds, gather
 from sim.compiled.twin import (
     ABSENT,
@@ -28,19 +41,6 @@ from sim.compiled.twin import (
     own_victim,
     touch,
     victim,
-)
-from sim.replay.counts import (
-    ACCESSES,
-    ASSIGNMENTS,
-    BYTES,
-    COLLISIONS,
-    COMPULSORY,
-    CROWDED,
-    EVENTS,
-    EVICTIONS,
-    HIT_ASSIGNMENTS,
-    HITS,
-    LOAD,
 )
 from traces.schema import NOT_ROUTED
 
@@ -87,7 +87,7 @@ def _log(cache: Cache, log: Array, decision: int, block: int, kind: int) -> None
         cache.clock[1] = entry + 1
 
 
-@jit
+@jit_inlined
 def _go(policy: Any, cache: Cache, out: Output, row: Array, pool: int, block: int, decision: int, step: int) -> None:
     """Takes ``block`` out of its pool: a resident, or one that was only ranked with them."""
     leave(policy, cache, pool, block, decision)
@@ -136,7 +136,7 @@ def _observe_event(
     return hits
 
 
-@jit
+@jit_inlined
 def _force(
     policy: Any, cache: Cache, stream: Stream, setting: Setting, out: Output, row: Array, place: tuple[int, ...]
 ) -> None:
@@ -170,7 +170,7 @@ def _force(
             admit(policy, block, event)
 
 
-@jit
+@jit_inlined
 def _rank(
     policy: Any, cache: Cache, stream: Stream, setting: Setting, out: Output, row: Array, place: tuple[int, ...]
 ) -> None:
@@ -245,7 +245,7 @@ def _count_event(row: Array, found: int, load: int, room: int) -> None:
     row[CROWDED] += load > room
 
 
-@jit
+@jit_inlined
 def _serve(
     policy: Any, cache: Cache, stream: Stream, setting: Setting, out: Output, row: Array, place: tuple[int, ...]
 ) -> None:
@@ -313,7 +313,7 @@ def replay_serial(
     cache.clock[0] = decision
 
 
-@jit
+@jit_inlined
 def _make_room(policy: Any, cache: Cache, setting: Setting, out: Output, place: tuple[int, ...]) -> int:
     """Lets ``block`` into a full pool of a stream whose blocks weigh the same; returns how many blocks left it."""
     step, decision, pool, block, event = place

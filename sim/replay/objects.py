@@ -7,10 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from sim.compiled.kernel import LEFT, STREAMED, Output, Setting
-from sim.compiled.stream import SHUFFLED, Stream, bounds, mixed
-from sim.policies.base import NEVER, EvictionPolicy
-from sim.replay.counts import (
+from sim.compiled.counts import (
     ACCESSES,
     ASSIGNMENTS,
     BYTES,
@@ -23,6 +20,9 @@ from sim.replay.counts import (
     HITS,
     LOAD,
 )
+from sim.compiled.kernel import LEFT, STREAMED, Output, Setting
+from sim.compiled.stream import SHUFFLED, Stream, bounds, mixed
+from sim.policies.base import NEVER, EvictionPolicy
 from traces.schema import NOT_ROUTED, Array
 
 

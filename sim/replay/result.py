@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sim.replay.counts import COLUMNS
+from sim.compiled.counts import COLUMNS
 from sim.replay.feed import Feed
 from sim.replay.settings import Settings
 from traces.errors import InputError

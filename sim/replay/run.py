@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from sim.compiled import kernel
+from sim.compiled.counts import COLUMNS
 from sim.compiled.stream import ASCENDING, Stream, empty_cache, next_uses
 from sim.compiled.twins import TWINS
 from sim.policies import EVICTION
 from sim.policies.base import Calibration, EvictionPolicy, PolicyContext
-from sim.replay.counts import COLUMNS
 from sim.replay.feed import Feed
 from sim.replay.objects import ObjectReplay, Upcoming
 from sim.replay.result import Replay

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from sim.compiled.counts import COLUMNS
 from sim.policies import EVICTION, PolicyContext
 from sim.policies.base import NEVER
 from sim.replay import Capacity, Feed, Replay, Settings, replay
 from sim.replay.calibration import TraceCalibration
-from sim.replay.counts import COLUMNS
 from sim.replay.objects import arranged
 from sim.replay.settings import ORDERS
 from traces.schema import NOT_ROUTED, Array, Trace, TraceHeader
@@ -34,7 +34,8 @@ EAGER: Mapping[str, Mapping[str, Any]] = {
 }
 """Options under which a policy does on a short trace, or in short, what it else does on a long one only."""
 
-LEFT = 0
+from sim.compiled.kernel import LEFT
+
 """Kind of the entries in a log that are of a resident; the others were used without being kept."""
 
 SIZES = (100, 60, 250)

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from sim.compiled.counts import COLUMNS
 from sim.compiled.twins import TWINS
 from sim.policies import EVICTION
 from sim.replay import Capacity, Feed, Replay, Settings
-from sim.replay.counts import COLUMNS
 from sim.replay.settings import ORDERS
 from tests.sim.replaying import (
     EVERY,

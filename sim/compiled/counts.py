@@ -17,7 +17,7 @@ COLUMNS = (
 )
 """Token-expert pairs; distinct experts of an event, summed over events; how many of either hit; misses that were first
 uses, and misses on blocks that had left in the same pass; blocks that left; bytes loaded; events; events whose union
-exceeds a pool's capacity; weight of the unions, summed over events."""
+exceeds a layer's share of the capacity; weight of the unions, summed over events."""
 
 (
     ASSIGNMENTS,
