@@ -36,8 +36,13 @@ def progress_bar(total: int, what: str = "replaying") -> Iterator[Callable[[str,
             name = policy
             bar.update(task, advance=passes, description=policy)
 
+        told: set[str] = set()
+
         def compiling() -> None:
             bar.update(task, description=f"compiling {name}, kept for the next run")
+            if not console.is_terminal and name not in told:
+                told.add(name)
+                console.print(f"note: compiling {name}, kept for the next run", highlight=False, soft_wrap=True)
 
         listener = _Compiling(compiling)
         event.register("numba:compile", listener)

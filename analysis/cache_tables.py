@@ -55,7 +55,7 @@ def replay_table(cells: Sequence[Cell], *, bound: bool, phases: bool, wide: bool
     for name in _NARROW + (_WIDE if wide else ()):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
-        for row in cell.rows:
+        for row in sorted(cell.rows, key=lambda row: -row["hit_ratio_assignments"]):
             names = [_policy(row, bound=bound), row["capacity"], row["phase"]][: 3 if phases else 2]
             table.add_row(*names, *_narrow(row), *(_wide(row) if wide else ()))
         table.add_section()

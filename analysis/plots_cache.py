@@ -113,7 +113,7 @@ def _setting(curves: pd.DataFrame) -> str:
     """The scope, contract and phase of a frame, in words."""
     first = curves.iloc[0]
     pools = "one pool for all layers" if first["scope"] == "global" else "a pool for each layer"
-    phase = "prefill and decode" if first["phase"] == "all" else f"{first['phase']} only"
+    phase = "all passes" if first["phase"] == "all" else f"{first['phase']} only"
     return f"{pools}, {first['contract']} contract, {phase}"
 
 

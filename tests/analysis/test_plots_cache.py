@@ -75,7 +75,7 @@ def test_the_name_of_the_upper_line_is_above_it_and_the_other_below(curves: dict
 def test_a_heuristic_is_called_one(curves: dict[str, Curve]) -> None:
     ax = plots_cache.hit_curves(frame_of(curves).assign(exact=False, scope="global")).axes[0]
     assert words(ax)[0] == "belady (heuristic: unequal experts)"
-    assert "one pool for all layers, atomic contract, prefill and decode" in ax.get_xlabel()
+    assert "one pool for all layers, atomic contract, all passes" in ax.get_xlabel()
 
 
 def test_points_have_intervals_and_stand_side_by_side(curves: dict[str, Curve], routing: Trace) -> None:
