@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, get_args
 
 import numpy as np
@@ -147,7 +148,7 @@ def choose(
     """The policies that ``names`` and ``files`` ask for, with their constants, and what to say of the choice.
 
     ``strict`` refuses gates in the place of scores. Raises :class:`InputError` for a policy or a constant that is
-    unknown, and for what a policy needs and does not get.
+    unknown, for what a policy needs and does not get, and when there is no policy at all.
     """
     kinds, notes = _registered(feed, names, calibration=calibration, strict=strict) if names else ({}, [])
     for text in files:
@@ -160,6 +161,8 @@ def choose(
     guessing = [name for name, kind in kinds.items() if "scores" in kind.needs and feed.trace.scores is None]
     if guessing:
         notes.append(f"{', '.join(guessing)}: gates of the chosen experts instead of the router's scores, not recorded")
+    if not kinds:
+        raise InputError(f"policies must name at least one policy, got {names!r}")
     constants = _constants(kinds, options)
     return [Choice(name, kind, constants[name]) for name, kind in kinds.items()], notes
 
@@ -224,6 +227,11 @@ def _as(default: Any, text: str, field: str) -> Any:
         return TRUTH[text.lower()]
     kind = type(default) if isinstance(default, (int, float)) else str
     try:
-        return kind(text)
+        value = kind(text)
     except ValueError:
         raise InputError(f"{field} must be {'a whole number' if kind is int else 'a number'}, got {text!r}") from None
+    if isinstance(value, float) and not isfinite(value):
+        raise InputError(f"{field} must be a finite number, got {text!r}")
+    if isinstance(value, int) and abs(value) >= 1 << 63:  # more than the compiled policies can count
+        raise InputError(f"{field} must be below 2**63, got {text}")
+    return value

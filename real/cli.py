@@ -108,7 +108,7 @@ def record(
     if out is None and like is None:
         raise InputError("out must be given (or --like), got neither")
     if out is not None:
-        store.check_target(out, force=force)
+        store.check_trace_target(out, force=force)
     given = RecordOptions(
         model=model,
         prompts="" if prompts is None else str(prompts),

@@ -215,7 +215,7 @@ class _Outputs:
 
     def _check_trace_out(self, path: Path) -> None:
         try:
-            store.check_target(path, force=self.force)
+            store.check_trace_target(path, force=self.force)
         except TraceError as error:
             raise InputError(f"trace-{error}") from error  # it speaks of out
         file = path.resolve()

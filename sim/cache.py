@@ -109,7 +109,7 @@ class ExpertCache:
         own = len(blocks) - len(absent)  # at most: blocks for the CPU are counted, though they are not here
         if policy.by_recency and not in_flight and need + own <= len(residents):
             # what the event has just used comes last in this order, so that it need not be taken out
-            return _verdict_of((absent, (), self.weakest(residents, policy)[:need], ()))
+            return _verdict_of((absent, (), sorted(residents, key=self._recency.__getitem__)[:need], ()))
         if not policy.bypass:
             others = [block for block in residents if block not in blocks and block not in in_flight]
             if need <= len(others):

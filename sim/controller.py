@@ -79,6 +79,7 @@ class OffloadController:
         )
         self._evict = EVICTION[system.evict](context)
         self._scored = "scores" in self._evict.needs
+        self._watches = type(self._evict).observe is not EvictionPolicy.observe
         self._place = PLACEMENT[system.place](context)
         self._prefetch = PREFETCH[system.prefetch](context)
         self._predicted = predicted
@@ -159,7 +160,8 @@ class OffloadController:
         blocks = [base + expert for expert in experts]
         if self._scored:
             self._evict.observe_scores(layer, scores)
-        self._evict.observe(self._event, blocks, counts)
+        if self._watches:
+            self._evict.observe(self._event, blocks, counts)
         if assignments == len(blocks):
             return dict.fromkeys(blocks, 1)
         load = zip(blocks, counts, strict=True)

@@ -10,11 +10,15 @@ import inspect
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
+from math import isfinite
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from sim.policies.base import EvictionPolicy, PolicyContext
 from traces.errors import InputError, unknown_name
@@ -22,6 +26,11 @@ from traces.errors import InputError, unknown_name
 FIELD = "policy_file"
 HOOKS = ("begin_sequence", "observe_scores", "observe", "key", "keys", "admit", "forget", "order", "preload")
 """What a replay calls; an error in any of them is the file's."""
+
+GIVEN = ("scores", "future", "calibration")
+"""What a replay can give to a policy that needs it."""
+
+FLAGS = ("bypass", "misses_first", "by_recency")
 
 
 def load_policy(text: str) -> type[EvictionPolicy]:
@@ -83,10 +92,39 @@ def _check_class(kind: type[EvictionPolicy], text: str) -> None:
     if inspect.isabstract(kind):
         missing = ", ".join(sorted(kind.__abstractmethods__))
         raise InputError(f"{FIELD} must name a complete policy, got {text} without {missing}")
+    _check_constants(kind, text)
     if kind.by_recency and _owner(kind, "key", "keys") < _owner(kind, "by_recency"):
         raise InputError(
             f"{FIELD} must set by_recency = False where it defines key, got {text}, whose key is not asked"
         )
+
+
+def _check_constants(kind: type[EvictionPolicy], text: str) -> None:
+    """Raises :class:`InputError` unless what the class says of itself is of the kind that a replay reads."""
+    name: Any = _name(kind)
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise InputError(f"{FIELD} must have a name that is text, in one line, got {name!r} in {text}")
+    needs: Any = kind.needs
+    if not isinstance(needs, (set, frozenset)):
+        raise InputError(f"{FIELD} must have needs that are a set, got {needs!r} in {text}")
+    for need in sorted(needs.difference(GIVEN), key=repr):
+        raise InputError(f"{FIELD} must need nothing but {', '.join(GIVEN)} in a replay, got {need!r} in {text}")
+    for flag in FLAGS:
+        if not isinstance(value := getattr(kind, flag), bool):
+            raise InputError(f"{FIELD} must have True or False as {flag}, got {value!r} in {text}")
+    defaults: Any = kind.defaults
+    if not isinstance(defaults, Mapping) or not all(isinstance(constant, str) for constant in defaults):
+        raise InputError(f"{FIELD} must have defaults that map names to values, got {defaults!r} in {text}")
+    for constant, value in defaults.items():
+        if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not isfinite(value)):
+            rule = "finite numbers, text, True or False as defaults"
+            raise InputError(f"{FIELD} must have {rule}, got {constant}={value!r} in {text}")
+
+
+def _name(kind: type[EvictionPolicy]) -> str:
+    """The name of the class's own, not of one of its bases, or else its class name."""
+    name: str = vars(kind).get("name", kind.__name__)
+    return name
 
 
 def _owner(kind: type[EvictionPolicy], *names: str) -> int:
@@ -98,13 +136,20 @@ def _watched(kind: type[EvictionPolicy], text: str) -> type[EvictionPolicy]:
     """A subclass that reports what goes wrong in ``kind``, under the name that ``kind`` goes by."""
 
     def ranked(self: Any, blocks: Collection[int], recency: Sequence[int]) -> list[int]:
-        order = list(kind.order(self, blocks, recency))
+        order = list(kind.order(self, [*blocks], [*recency]))  # copies: the lists of the replay are not the file's
         if Counter(order) != Counter(blocks):
             raise InputError(f"{FIELD} must order the blocks that it was given, each once, got {_odd(order, blocks)}")
-        return order
+        same = {block: block for block in blocks}  # whole numbers, where the file has 1.0
+        return [same[block] for block in order]
+
+    def told(self: Any, event: int, blocks: Sequence[int], counts: Sequence[int]) -> None:
+        kind.observe(self, event, [*blocks], [*counts])
 
     def valued(self: Any, blocks: Iterable[int]) -> Sequence[float]:
         values = [*kind.keys(self, blocks)]
+        for value in values:
+            if not isinstance(value, (Real, np.bool_)):
+                raise InputError(f"{FIELD} must return keys that are numbers, got {value!r}")
         if any(value != value for value in values):
             raise InputError(f"{FIELD} must return keys that can be compared, got nan")
         return values
@@ -114,10 +159,10 @@ def _watched(kind: type[EvictionPolicy], text: str) -> type[EvictionPolicy]:
         _check_preload(blocks, self.context)
         return blocks
 
-    own: dict[str, Any] = {"order": ranked, "keys": valued, "preload": loaded}
-    body = {hook: _guarded(own.get(hook, getattr(kind, hook)), hook, text) for hook in HOOKS}
+    own: dict[str, Any] = {"order": ranked, "observe": told, "keys": valued, "preload": loaded}
+    body: dict[str, Any] = {hook: _guarded(own.get(hook, getattr(kind, hook)), hook, text) for hook in HOOKS}
     body["__init__"] = _guarded(kind.__init__, "__init__", text)
-    body["name"] = vars(kind).get("name", kind.__name__)
+    body["name"] = _name(kind)
     return type(kind.__name__, (kind,), body)
 
 
@@ -132,7 +177,7 @@ def _guarded(method: Callable[..., Any], hook: str, text: str) -> Callable[..., 
             if text in str(error):
                 raise
             raise InputError(f"{error} ({text}, {hook})") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if hook == "__init__" and isinstance(error, ValueError) and " must " in str(error):
                 raise InputError(f"{error} ({text})") from error  # a constant that the class refuses, in its own words
             told = _told(error, Path(text.rpartition(":")[0]))
@@ -170,4 +215,4 @@ def _told(error: BaseException, path: Path) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     place = f"{path}, line {lines[-1]}: " if lines else f"{path}: "
     words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return place + words
+    return place + " ".join(words.split())

@@ -91,9 +91,18 @@ SMALL = synthetic.Sizes(sequences=1, prompt_tokens=2, new_tokens=2, layers=8, ex
         ),
         ("decode --prompt a --trace-out afile/x", "trace-out must be a file that can be written, got afile/x"),
         ("decode --prompt a --trace-out . --force", "trace-out must be a file, got the folder ."),
-        ("decode --prompt a --out n --trace-out n", "trace-out must be apart from the folder of out, got n"),
-        ("decode --prompt a --out n --trace-out ./x/../n/t", "trace-out must be apart from the folder of out, got"),
-        ("decode --prompt a --out n/t --trace-out n", "trace-out must be apart from the folder of out, got n"),
+        (
+            "decode --prompt a --out n.safetensors --trace-out n.safetensors",
+            "trace-out must be apart from the folder of out",
+        ),
+        (
+            "decode --prompt a --out n --trace-out ./x/../n/t.safetensors",
+            "trace-out must be apart from the folder of out, got",
+        ),
+        (
+            "decode --prompt a --out n.safetensors/t --trace-out n.safetensors",
+            "trace-out must be apart from the folder of out",
+        ),
         ("decode --prompt a --evict belady", "evict must be causal to decode prompts, got belady (replay a trace"),
         ("decode --prompt a --evict static", "calibration must be given for static, a trace apart from"),
         ("decode --prompt a --cache 0", "cache must be between 1 and 32 slots, got 0 which is 0"),
@@ -105,7 +114,7 @@ SMALL = synthetic.Sizes(sequences=1, prompt_tokens=2, new_tokens=2, layers=8, ex
         ("decode --routing plain.safetensors --prefetch next-router", "trace must have look-ahead of depth 1"),
         ("decode --domains=", "domains must name at least one domain, got ''"),
         ("decode --domains ,", "domains must name at least one domain, got ','"),
-        ("trace record --out x --domains ,", "domains must name at least one domain, got ','"),
+        ("trace record --out x.safetensors --domains ,", "domains must name at least one domain, got ','"),
         ("decode --routing code --domains=", "routing must be given without prompts, domains and trace-out, got both"),
         ("decode --prompt a --domains=", "prompt must be given without prompts and domains, got both"),
         ("decode --routing code --repeats 3", "out must be given for 3 repeats, which are written side by side"),
@@ -158,10 +167,16 @@ def test_what_cannot_be_used_is_refused_before_the_work(words: str, message: str
         ("decode --model moetwin-smal", "model must be a known name, got 'moetwin-smal' (did you mean moetwin-small?)"),
         ("decode --prompt a --device gpu", "device must be cpu, cuda or auto, got 'gpu'"),
         ("calibrate --out x --device gpu", "device must be cpu, cuda or auto, got 'gpu'"),
-        ("trace record --out x --lookahead 99", "lookahead must be from 0 to 7 for this model's layers, got 99"),
-        ("trace record --out x --lookahead -1", "lookahead must be from 0 to 7 for this model's layers, got -1"),
-        ("trace record --out x --temperature -1", "temperature must be at least 0 and finite, got -1.0"),
-        ("trace record --out x --batch 0", "batch must be greater than or equal to 1, got '0'"),
+        (
+            "trace record --out x.safetensors --lookahead 99",
+            "lookahead must be from 0 to 7 for this model's layers, got 99",
+        ),
+        (
+            "trace record --out x.safetensors --lookahead -1",
+            "lookahead must be from 0 to 7 for this model's layers, got -1",
+        ),
+        ("trace record --out x.safetensors --temperature -1", "temperature must be at least 0 and finite, got -1.0"),
+        ("trace record --out x.safetensors --batch 0", "batch must be greater than or equal to 1, got '0'"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused_before_it_is_loaded(
@@ -173,7 +188,13 @@ def test_what_a_model_cannot_do_is_refused_before_it_is_loaded(
 
 @pytest.mark.usefixtures("_no_work")
 @pytest.mark.parametrize(
-    "command", ["decode --prompt a", "calibrate --out x", "trace record --out x", SYNTH := "trace synth zipf --out x"]
+    "command",
+    [
+        "decode --prompt a",
+        "calibrate --out x",
+        "trace record --out x.safetensors",
+        SYNTH := "trace synth zipf --out x.safetensors",
+    ],
 )
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**26])
 def test_a_seed_beyond_63_bits_is_refused(command: str, seed: int, tmp_path: Path) -> None:
@@ -342,7 +363,10 @@ def test_repeats_of_the_working_folder_stand_beside_it(tmp_path: Path, monkeypat
     [
         ("decode --prompt a --max-new-tokens 2200", "prompt and max-new-tokens must together be at most the model's"),
         ("decode --prompt a --max-new-tokens 4 --gpu-memory 8241920 --prefetch next-router", ""),
-        ("trace record --out x --max-new-tokens 2048 --domains speeches", "prompt and max-new-tokens must together"),
+        (
+            "trace record --out x.safetensors --max-new-tokens 2048 --domains speeches",
+            "prompt and max-new-tokens must together",
+        ),
         ("simulate mixed --out /proc/x", "out must be a folder that can be written, got /proc/x"),
     ],
 )

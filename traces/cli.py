@@ -104,7 +104,7 @@ def synth(
 
     moetwin trace synth phase_change --period 128 --lookahead 3 --scores --seed 7 --out phases.safetensors
     """
-    store.check_target(out, force=force)
+    store.check_trace_target(out, force=force)
     sizes = synthetic.Sizes(
         sequences=sequences,
         prompt_tokens=prompt_tokens,

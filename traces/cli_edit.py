@@ -48,7 +48,7 @@ def slice_command(
 
     moetwin trace slice mixed --domains python_code,speeches --out two.safetensors
     """
-    store.check_target(out, force=force)
+    store.check_trace_target(out, force=force)
     part = slice_trace(
         store.load(find_trace(trace)),
         sequences=sequences,
@@ -72,7 +72,7 @@ def concat_command(
 
     Examples: moetwin trace concat monday.safetensors tuesday.safetensors --out week.safetensors
     """
-    store.check_target(out, force=force)
+    store.check_trace_target(out, force=force)
     joined = concat([store.load(find_trace(name)) for name in traces], traces)
     for note in joined.notes:
         typer.echo(f"note: {note}", err=True)

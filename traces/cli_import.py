@@ -66,7 +66,7 @@ def import_command(
 
     Examples: moetwin trace import --format gpt-oss-json recordings --experts 32 --out t.safetensors
 
-    moetwin trace import --format esft "tasks/*" --expert-bytes 17301504 --model deepseek-v2-lite --out esft.safetensors
+    moetwin trace import --format esft tasks --expert-bytes 17301504 --model deepseek-v2-lite --out esft.safetensors
 
     moetwin trace import --format route-csv run.csv.gz --residency-out hits.parquet --out run.safetensors
 
@@ -98,7 +98,7 @@ def import_command(
 
 
 def _check_targets(name: str, out: Path, residency_out: Path | None, *, force: bool) -> None:
-    store.check_target(out, force=force)
+    store.check_trace_target(out, force=force)
     if residency_out is None:
         return
     if name != "route-csv":
@@ -110,8 +110,9 @@ def _check_targets(name: str, out: Path, residency_out: Path | None, *, force: b
 
 def _sizes(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise InputError(f"expert_bytes must be a whole number, or one for each layer with commas, got {text!r}")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        rule = "a whole number from 1, or one for each layer with commas"
+        raise InputError(f"expert_bytes must be {rule}, got {text!r}")
     return tuple(int(part) for part in parts)
 
 

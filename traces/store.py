@@ -69,6 +69,13 @@ def check_target(path: Path, *, force: bool) -> None:
         raise TraceError(f"out must be a new file (or give --force), got {path}, which exists")
 
 
+def check_trace_target(path: Path, *, force: bool) -> None:
+    """As :func:`check_target`, for a trace: ``path`` must end in .safetensors, too."""
+    check_target(path, force=force)
+    if path.suffix != ".safetensors":
+        raise TraceError(f"out must end in .safetensors, as a trace is such a file, got {path}")
+
+
 def load(path: str | os.PathLike[str], *, check: bool = True, verify: bool = False) -> Trace:
     """Reads a trace whose arrays are read-only views of the file, mapped into memory.
 

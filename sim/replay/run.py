@@ -144,6 +144,8 @@ class _Session:
         """A new policy object; raises :class:`InputError` for an option that it does not take."""
         try:
             return self.kind(PolicyContext(**{**vars(self.context), "future": future}))
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{self.settings.policy}: {error}") from error
 

@@ -19,6 +19,9 @@ Sequences = Literal["carry", "fresh"]
 ORDERS: tuple[UseOrder, ...] = ("as-routed", "ascending", "shuffled")
 """Orders in which the serial contract looks up the experts of an event."""
 
+UNSIZED = ", whose sizes the trace does not know (`moetwin trace import --expert-bytes N` gives them)"
+"""What a message adds when each expert counts as 1 byte, as an import without sizes has it."""
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -46,7 +49,8 @@ class Capacity:
         if amount < max(sizes):
             raise InputError(f"bytes must leave {pools} room for one expert of {max(sizes)} bytes, got {amount}")
         if total > sum(sizes) * header.experts:
-            raise InputError(f"bytes must be at most the {sum(sizes) * header.experts} of all experts, got {total}")
+            rule = f"at most the {sum(sizes) * header.experts} of all experts{UNSIZED if set(sizes) == {1} else ''}"
+            raise InputError(f"bytes must be {rule}, got {total}")
         return cls(amount, "bytes", text.strip())
 
     def weights(self, header: TraceHeader) -> tuple[int, ...]:

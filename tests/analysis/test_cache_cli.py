@@ -57,6 +57,13 @@ class Late(EvictionPolicy):
 class Broken(EvictionPolicy):
     def key(self, block):
         return 1 / 0
+
+class Leaves(EvictionPolicy):
+    def key(self, block):
+        raise SystemExit(0)
+
+class Nameless(Lru):
+    name = 5
 """
 
 
@@ -337,6 +344,18 @@ def test_constants_of_policies_are_set_by_name_and_stand_in_the_row() -> None:
         ),
         ("t.safetensors --policy-file own.py:Late --option patiense=1", "option must be a known name, got 'patiense'"),
         ("t.safetensors --policies window-score --option swaps=0", "window-score: swaps must be at least 1, got 0"),
+        ("t.safetensors --policies window-score --option swaps=nan", "swaps must be a whole number, got 'nan'"),
+        ("t.safetensors --policies lfu-decay --option window=0", "lfu-decay: window must be at least 1, got 0"),
+        (f"t.safetensors --policies lfu-decay --option window={1 << 63}", "window must be below 2**63, got 9223372"),
+        ("t.safetensors --policies s3fifo --option ghost=inf", "ghost must be a finite number, got 'inf'"),
+        ("t.safetensors --policies s3fifo --option s3fifo.small=2", "s3fifo: small must be from 0 to 1, got 2.0"),
+        ("t.safetensors --policies hobbit --option recency=nan", "recency must be a finite number, got 'nan'"),
+        ("t.safetensors --policy-file own.py:Late --option rate=-inf", "rate must be a finite number, got '-inf'"),
+        ("t.safetensors --policy-file own.py:Leaves", "policy_file must decide without errors, got own.py, line "),
+        (
+            "t.safetensors --policy-file own.py:Nameless",
+            "policy_file must have a name that is text, in one line, got 5",
+        ),
         ("curve t.safetensors --unit slot", "unit must be a known name, got 'slot' (did you mean slots?)"),
         ("curve t.safetensors --phase all,decode", "phase must be one of all, prefill and decode, got all,decode"),
         ("curve t.safetensors --policies lfu --out c.png", "policies must have lru or belady among them for a plot"),
@@ -350,6 +369,19 @@ def test_a_mistake_is_one_line_and_leaves_nothing(words: str, message: str, tmp_
     known = () if "--policies" in words or not words.startswith("t.safe") else ("--policies", "lru")
     assert message in refused(*words.split(" "), *known)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_ghost_larger_than_the_model_is_as_large_as_the_model() -> None:
+    words = ("t.safetensors", "--policies", "s3fifo", "--option")
+    (huge,), (large,) = (rows(*words, f"ghost={size}") for size in ("1e308", "4"))
+    assert huge["hits_union"] == large["hits_union"]
+
+
+@pytest.mark.parametrize("command", [(), ("curve",)])
+def test_no_policy_at_all_is_refused_and_none_but_ones_own_is_not(command: tuple[str, ...]) -> None:
+    words = (*command, "t.safetensors", "--policies", "")
+    assert refused(*words) == "policies must name at least one policy, got ''"
+    assert {row["policy"] for row in rows(*words, "--policy-file", "own.py:Late")} == {"Late"}
 
 
 def test_a_policy_file_with_a_registered_name_is_refused() -> None:

@@ -232,7 +232,7 @@ def test_a_prefetch_that_a_layer_waits_for_is_promoted(monkeypatch: pytest.Monke
     load, promote, promoted = DeviceSlots.load, CpuDevice.promote, []
 
     def slow(slots: DeviceSlots, slot: int, layer: int, expert: int) -> None:
-        time.sleep(2e-3)
+        time.sleep(2e-2)  # longer than a layer on a busy machine
         load(slots, slot, layer, expert)
 
     def noted(device: CpuDevice, works: list[Work]) -> None:

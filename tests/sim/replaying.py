@@ -14,6 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from sim.compiled.counts import COLUMNS
+from sim.compiled.kernel import LEFT
 from sim.policies import EVICTION, PolicyContext
 from sim.policies.base import NEVER
 from sim.replay import Capacity, Feed, Replay, Settings, replay
@@ -34,9 +35,6 @@ EAGER: Mapping[str, Mapping[str, Any]] = {
 }
 """Options under which a policy does on a short trace, or in short, what it else does on a long one only."""
 
-from sim.compiled.kernel import LEFT
-
-"""Kind of the entries in a log that are of a resident; the others were used without being kept."""
 
 SIZES = (100, 60, 250)
 """Bytes of an expert, by layer, where they differ."""

@@ -159,10 +159,30 @@ DECIDING = {
         "policy_file must decide without errors, got my.py, line 10: RuntimeError: no (my.py:Mine, __init__)",
         "(my.py:Mine, __init__)",
     ),
-    "keys that cannot be compared": (
-        "    def key(self, block):\n        return None if block % 2 else 1\n",
-        "policy_file must decide without errors, got my.py: TypeError: '<' not supported",
-        "(my.py:Mine, order)",
+    "leaves in key": (
+        "    def key(self, block):\n        raise SystemExit(3)\n",
+        "policy_file must decide without errors, got my.py, line 10: SystemExit: 3 (my.py:Mine, key)",
+        "(my.py:Mine, key)",
+    ),
+    "leaves when it is built": (
+        "    def __init__(self, context):\n        raise SystemExit\n",
+        "policy_file must decide without errors, got my.py, line 10: SystemExit (my.py:Mine, __init__)",
+        "(my.py:Mine, __init__)",
+    ),
+    "an error in two lines": (
+        "    def key(self, block):\n        raise OSError('one\\ntwo')\n",
+        "policy_file must decide without errors, got my.py, line 10: OSError: one two (my.py:Mine, key)",
+        "(my.py:Mine, key)",
+    ),
+    "a key that is missing": (
+        "    def key(self, block):\n        return None\n",
+        "policy_file must return keys that are numbers, got None",
+        "(my.py:Mine, keys)",
+    ),
+    "a key that is a pair": (
+        "    def key(self, block):\n        return (0, block)\n",
+        "policy_file must return keys that are numbers, got (0, ",
+        "(my.py:Mine, keys)",
     ),
     "a key that is nan": (
         "    def key(self, block):\n        return float('nan')\n",
@@ -213,9 +233,69 @@ def test_what_goes_wrong_while_deciding_is_told_in_one_line(
 ) -> None:
     body, begin, end = DECIDING[case]
     told = refused(load_policy(write(body)), trace)
-    assert told.startswith(begin)
+    assert told.removeprefix("mine: ").startswith(begin)  # before what a constructor refuses
     assert told.endswith(end)
     assert told.count("my.py:Mine") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("name = 5", "have a name that is text, in one line, got 5 in my.py:Mine"),
+        ("name = []", "have a name that is text, in one line, got [] in my.py:Mine"),
+        ("name = ' '", "have a name that is text, in one line, got ' ' in my.py:Mine"),
+        ("name = 'a\\nb'", "have a name that is text, in one line, got 'a\\nb' in my.py:Mine"),
+        ("needs = None", "have needs that are a set, got None in my.py:Mine"),
+        ("needs = 'scores'", "have needs that are a set, got 'scores' in my.py:Mine"),
+        ("needs = {'scores', 'luck'}", "need nothing but scores, future, calibration in a replay, got 'luck' in "),
+        ("needs = {'lookahead'}", "need nothing but scores, future, calibration in a replay, got 'lookahead' in "),
+        ("needs = {5, 'x'}", "need nothing but scores, future, calibration in a replay, got 'x' in my.py:Mine"),
+        ("bypass = 1", "have True or False as bypass, got 1 in my.py:Mine"),
+        ("misses_first = None", "have True or False as misses_first, got None in my.py:Mine"),
+        ("by_recency = 'no'", "have True or False as by_recency, got 'no' in my.py:Mine"),
+        ("defaults = None", "have defaults that map names to values, got None in my.py:Mine"),
+        ("defaults = ['a']", "have defaults that map names to values, got ['a'] in my.py:Mine"),
+        ("defaults = {1: 2}", "have defaults that map names to values, got {1: 2} in my.py:Mine"),
+        ("defaults = {'a': None}", "have finite numbers, text, True or False as defaults, got a=None in my.py:Mine"),
+        ("defaults = {'a': float('nan')}", "have finite numbers, text, True or False as defaults, got a=nan in "),
+        ("defaults = {'a': 1, 'b': 1e999}", "have finite numbers, text, True or False as defaults, got b=inf in "),
+    ],
+)
+def test_what_a_class_says_of_itself_is_checked_before_it_is_used(
+    write: Callable[[str], str], line: str, message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load_policy(write(f"    {line}\n"))
+    assert str(caught.value).startswith(f"policy_file must {message}")
+
+
+def test_what_a_class_may_say_of_itself(write: Callable[[str], str]) -> None:
+    lines = ("needs = {'scores', 'future'}", "bypass = True", "defaults = {'a': 1, 'b': 0.5, 'c': 'x', 'd': True}")
+    kind = load_policy(write("".join(f"    {line}\n" for line in lines)))
+    assert (kind.needs, kind.bypass) == ({"scores", "future"}, True)
+
+
+@pytest.mark.parametrize("number", ["np.float32(block)", "np.int64(block)", "Fraction(block, 3)", "block > 2"])
+def test_keys_may_be_numbers_of_any_kind(write: Callable[[str], str], trace: Trace, number: str) -> None:
+    text = f"    def key(self, block):\n        from fractions import Fraction\n        return {number}\n"
+    write(text)
+    Path("my.py").write_text("import numpy as np\n" + Path("my.py").read_text())
+    assert len(run(load_policy("my.py:Mine"), trace).log)
+
+
+def test_what_a_policy_does_to_its_lists_stays_with_it(write: Callable[[str], str], trace: Trace) -> None:
+    spoils = RECENT + (
+        "    def observe(self, event, blocks, counts):\n"
+        "        self.last.update(dict.fromkeys(blocks, event))\n"
+        "        blocks.clear()\n"
+        "    def order(self, blocks, recency):\n"
+        "        found = [float(block) for block in super().order(blocks, recency)]\n"
+        "        blocks.clear()\n"
+        "        recency[:] = reversed(recency)\n"
+        "        return found\n"
+    )
+    clean = run(load_policy(write(RECENT)), trace)
+    assert np.array_equal(run(load_policy(write(spoils)), trace).log, clean.log)
 
 
 def test_a_preload_that_fits_is_taken(write: Callable[[str], str], trace: Trace) -> None:

@@ -22,12 +22,9 @@ class Timetable:
 
 
 def test_lru_ranks_by_the_last_use() -> None:
-    policy = EVICTION["lru"](CONTEXT)
-    policy.observe(0, [0, 1], [1, 1])
-    policy.observe(1, [4], [1])
-    policy.observe(2, [1], [1])
-    assert sorted([0, 1, 4], key=policy.key) == [0, 4, 1]
-    assert [*policy.keys([0, 1, 4])] == [policy.key(block) for block in (0, 1, 4)]
+    last_use = [3, 7, 0, 1, 5]
+    assert EVICTION["lru"](CONTEXT).order([0, 1, 4], last_use) == [0, 4, 1]
+    assert EVICTION["lru"](CONTEXT).by_recency
 
 
 def test_lfu_ranks_by_events_and_not_by_tokens() -> None:

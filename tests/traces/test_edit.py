@@ -296,6 +296,10 @@ def test_the_slice_command_refuses_and_writes_nothing(file: Path, tmp_path: Path
         run("slice", file, "--out", out, "--phase", "prefil")
     with pytest.raises(InputError, match="out must be a new file"):
         run("slice", file, "--out", file)
+    with pytest.raises(InputError, match=r"out must end in \.safetensors, .* got .*part\.csv"):
+        run("slice", file, "--out", out.with_suffix(".csv"))
+    with pytest.raises(InputError, match=r"out must end in \.safetensors, .* got .*part$"):
+        run("concat", file, "--out", out.with_suffix(""))
     assert list(tmp_path.iterdir()) == [file]
     assert run("slice", file, "--out", file, "--force", "--tokens", "1").exit_code == 0
     assert len(store.load(file)) == 3

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
+from sim.replay import Capacity
 from traces import InputError, TraceError, cli_import, store
 from traces.cli import app
 from traces.importers import IMPORTERS
@@ -76,12 +77,15 @@ def test_expert_bytes_may_differ_between_layers(tmp_path: Path) -> None:
         (("--format", "csv", "--residency-out", "x.parquet"), "residency_out must be left out for csv"),
         (("--format", "route-csv", "--residency-out", "x.csv"), "residency_out must be a .parquet file, got x.csv"),
         (("--format", "route-csv", "--expert-bytes", "1k"), "expert_bytes must be a whole number.* got '1k'"),
+        (("--format", "route-csv", "--expert-bytes", "0"), "expert_bytes must be a whole number from 1, .* got '0'"),
+        (("--format", "route-csv", "--expert-bytes", "9,0"), "expert_bytes must be a whole .* got '9,0'"),
+        (("--format", "route-csv", "--out", "t.csv"), r"out must end in \.safetensors, .* got t\.csv"),
         (("--format", "route-csv", "--prefill-as-batch"), "prefill_as_batch must be left out for route-csv"),
     ],
 )
 def test_import_refuses_and_writes_nothing(file: Path, tmp_path: Path, arguments: tuple[str, ...], rule: str) -> None:
     with pytest.raises(InputError, match=rule):
-        invoke(*arguments, file, "--out", tmp_path / "t.safetensors")
+        invoke("--out", tmp_path / "t.safetensors", *arguments, file)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -95,6 +99,21 @@ def test_existing_files_are_replaced_only_by_force(file: Path, tmp_path: Path) -
     assert not out.exists()
     invoke(*arguments, "--force")
     assert len(pd.read_parquet(hits)) == 2
+
+
+def test_a_trace_without_sizes_tells_how_to_get_them(tmp_path: Path) -> None:
+    file, out = tmp_path / "a.csv", tmp_path / "t.safetensors"
+    file.write_text("sequence,position,layer,expert_ids\n0,0,0,1\n0,0,1,0\n", encoding="utf-8")
+    told = "note: expert_bytes is 1, so that bytes are counts of experts (--expert-bytes tells more)"
+    assert told in invoke("--format", "csv", file, "--out", out).stderr
+    header = store.load(out).header
+    rule = r"bytes must be at most the 4 of all experts, whose sizes .* not know \(.*--expert-bytes N.*, got 5$"
+    with pytest.raises(InputError, match=rule):
+        Capacity.bytes("5", header, "global")
+    assert Capacity.bytes("4", header, "global").amount == 4
+    known = header.model_copy(update={"expert_bytes": (1, 2)})
+    with pytest.raises(InputError, match="bytes must be at most the 6 of all experts, got 7"):
+        Capacity.bytes("7", known, "global")
 
 
 def test_the_help_names_every_format() -> None:

@@ -78,6 +78,8 @@ def test_synth_replaces_a_file_only_by_force(file: Path) -> None:
     before = file.read_bytes()
     with pytest.raises(InputError, match="out must be a new file"):
         run("synth", "zipf", "--out", file)
+    with pytest.raises(TraceError, match=r"out must end in \.safetensors, .* got .*trace\.csv"):
+        run("synth", "zipf", "--out", file.with_suffix(".csv"))
     assert file.read_bytes() == before
     run("synth", "zipf", "--out", file, "--force", *SMALL)
     assert store.load(file).header.model == "zipf"

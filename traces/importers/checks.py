@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ def as_ids(values: Sequence[Any] | Array, shape: Shape, place: Place, experts: i
     Raises :class:`TraceError` for an id that is no whole number, below 0, or not below ``experts`` (when known), and
     for one that a token has twice.
     """
+    if _mixed(values, {int}):
+        _refuse_others(values, shape, place)
     array = np.asarray(values)
-    if array.size and (array.dtype.kind not in "iu" or _nested(values, array)):
+    if array.size and array.dtype.kind not in "iu":
         _refuse_others(values, shape, place)
     below = NOT_ROUTED if experts is None else experts
     array = array.reshape(shape)
@@ -52,14 +55,9 @@ def as_gates(values: Sequence[Any] | Array, shape: Shape, place: Place) -> Array
 
     Raises :class:`TraceError` for one that is no number, negative, or not finite as a float16 (above 65504).
     """
-    try:
-        array = np.asarray(values, dtype=np.float64)
-        if _nested(values, array):
-            raise ValueError
-    except (TypeError, ValueError):
+    if _mixed(values, {float}):
         _refuse_others(values, shape, place, name="gates")
-        raise
-    array = array.reshape(shape)
+    array = np.asarray(values, dtype=np.float64).reshape(shape)
     with np.errstate(over="ignore"):
         gates = array.astype(np.float16)
     wrong = ~np.isfinite(gates) | (array < 0)
@@ -70,9 +68,9 @@ def as_gates(values: Sequence[Any] | Array, shape: Shape, place: Place) -> Array
     return gates
 
 
-def _nested(values: Sequence[Any] | Array, array: Array) -> bool:
-    """Whether there are lists where numbers belong."""
-    return array.ndim != 1 and not isinstance(values, np.ndarray)
+def _mixed(values: Sequence[Any] | Array, kinds: set[type]) -> bool:
+    """Whether there are others than ``kinds`` in a list, which numpy would cast (true becomes 1) or choke on."""
+    return not isinstance(values, np.ndarray) and not set(map(type, values)) <= kinds
 
 
 def _first(wrong: Array) -> tuple[int, int, int]:
@@ -81,11 +79,12 @@ def _first(wrong: Array) -> tuple[int, int, int]:
 
 
 def _refuse_others(values: Sequence[Any] | Array, shape: Shape, place: Place, name: str = "expert ids") -> None:
-    """Names the first of ``values`` that is no number of the kind wanted."""
+    """Names the first of ``values`` that is no number of the kind wanted, or an integer too large for an array."""
     value: Any
     kinds = (int, np.integer) if name == "expert ids" else (int, float, np.number)
     rule = f"whole numbers up to {NOT_ROUTED}" if name == "expert ids" else "numbers"
+    most = NOT_ROUTED if name == "expert ids" else sys.float_info.max
     for flat, value in enumerate(values):
-        if not isinstance(value, kinds) or isinstance(value, bool) or (name == "expert ids" and value > NOT_ROUTED):
+        if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, int) and abs(value) > most):
             token, layer, _ = (int(i) for i in np.unravel_index(flat, shape))
-            raise TraceError(f"{place(token, layer)}: {name} must be {rule}, got {value!r}")
+            raise TraceError(f"{place(token, layer)}: {name} must be {rule}, got {value!r:.60}")

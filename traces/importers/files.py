@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import gzip
 import hashlib
@@ -119,6 +120,11 @@ def numbered_lines(file: Path, advance: Advance) -> Iterator[tuple[int, str]]:
     advance(file.stat().st_size - done)
     if not any_text:
         raise TraceError(f"{file}: must hold a trace, got an empty file")
+
+
+def fields_of(line: str) -> list[str]:
+    """The fields of a line of CSV; raises :class:`csv.Error` for one that ends inside its quotes."""
+    return next(csv.reader([line], strict=True)) if '"' in line else line.split(",")
 
 
 def read_json(file: Path, advance: Advance) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from traces.errors import unknown_name
 from traces.importers.base import Job, Part
-from traces.importers.files import numbered_lines
+from traces.importers.files import fields_of, numbered_lines
 from traces.importers.generic import COLUMNS, NO_STEP, PHASES, REQUIRED, Rows, take_header
 from traces.schema import TraceError, TraceHeader
 
@@ -32,7 +32,7 @@ def read(job: Job) -> Iterator[Part]:
         rows = Rows(job, file)
         for number, line in lines:
             try:
-                rows.add(*take(number, _split(line)))
+                rows.add(*take(number, fields_of(line)))
             except TraceError:
                 raise
             except (ValueError, KeyError, IndexError, csv.Error) as error:
@@ -48,13 +48,12 @@ def _header(job: Job, file: Path, line: str) -> TraceHeader:
     return take_header(job, values, file)
 
 
-def _split(line: str) -> list[str]:
-    return next(csv.reader([line])) if '"' in line else line.split(",")
-
-
 def _taker(file: Path, number: int, title: str) -> Callable[[int, list[str]], tuple[Any, ...]]:
     """What turns the fields of a line into the arguments of :meth:`Rows.add`."""
-    names = [name.strip() for name in _split(title)]
+    try:
+        names = [name.strip() for name in fields_of(title)]
+    except csv.Error as error:
+        raise TraceError(f"{file}, line {number}: {_fault(error, title)}, got {title[:80]!r}") from error
     for name in names:
         if name not in COLUMNS:
             raise TraceError(f"{file}, line {number}: {unknown_name('column', name[:40], COLUMNS)}")
@@ -88,6 +87,8 @@ def _taker(file: Path, number: int, title: str) -> Callable[[int, list[str]], tu
 def _fault(error: Exception, title: str) -> str:
     if isinstance(error, KeyError):
         return "phase must be prefill or decode"
+    if isinstance(error, csv.Error):
+        return f"must be a line of CSV, with quotes that are closed ({error})"
     if isinstance(error, IndexError):
-        return f"must have the {len(_split(title))} fields {title}"
+        return f"must have the {len(fields_of(title))} fields {title}"
     return f"must hold whole numbers, and gates as numbers ({error})"

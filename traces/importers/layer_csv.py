@@ -17,7 +17,7 @@ import numpy as np
 
 from traces.importers.base import Job, Part
 from traces.importers.checks import as_ids
-from traces.importers.files import domain_of, numbered_lines, root_of, without_gap
+from traces.importers.files import domain_of, fields_of, numbered_lines, root_of, without_gap
 from traces.schema import Array, Phase, TraceError
 
 COLUMNS = ["Layer ID", "Batch Number", "Token", "Activated Expert IDs"]
@@ -42,13 +42,12 @@ def _by_layer(job: Job, file: Path) -> dict[int, list[_Row]]:
     """The rows of every layer, in the order of the file."""
     lines = numbered_lines(file, job.advance)
     _, title = next(lines)
-    names = [name.strip() for name in next(csv.reader([title]))]
-    if names != COLUMNS:
+    if [name.strip(' "') for name in title.split(",")] != COLUMNS:
         raise TraceError(f"{file}, line 1: must be {','.join(COLUMNS)}, got {title[:80]}")
     layers: dict[int, list[_Row]] = {}
     for number, line in lines:
         try:
-            layer, batch, token, ids = next(csv.reader([line]))
+            layer, batch, token, ids = fields_of(line)
             row = _Row(number, int(batch), token, list(map(int, ids.translate(BRACKETS).split())))
             layers.setdefault(int(layer), []).append(row)
         except (ValueError, csv.Error) as error:

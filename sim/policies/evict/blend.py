@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from sim.policies.base import PolicyContext
 from sim.policies.evict.ewma_reuse import EwmaReuse
 
 
@@ -24,6 +26,12 @@ class Blend(EwmaReuse):
         "regularity": 0.25,
         "height": 0.25,
     }
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        for name in ("freshness", "regularity", "height"):
+            if not 0 <= self.options[name] < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {self.options[name]}")
 
     def key(self, block: int) -> float:
         weight, layers = self.options, self.context.layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,6 +31,9 @@ class Hobbit(EvictionPolicy):
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
+        for name in self.defaults:
+            if not 0 <= self.options[name] < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {self.options[name]}")
         self._first = -1  # pass in which the request began, -1 before it
         self._passes = 0
         self._layer = 0

@@ -18,6 +18,8 @@ class LfuDecay(EvictionPolicy):
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
+        if self.options["window"] < 1:
+            raise ValueError(f"window must be at least 1, got {self.options['window']}")
         self._count = [0.0] * context.blocks  # as of ``_halvings``
         self._halvings = [0] * context.blocks
         self._now = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
@@ -16,7 +17,8 @@ class _Pool(Pool):
     def __init__(self, context: PolicyContext, small: float, ghost: float, promotion: int) -> None:
         super().__init__(context)
         self.small, self.main, self.ghost = self.queue(), self.queue(), self.queue()
-        self.small_room, self.ghost_room = int(small * self.capacity), int(ghost * self.capacity)
+        everything = context.experts * sum(context.weights or (1,) * context.layers)  # a ghost never holds more
+        self.small_room, self.ghost_room = int(small * self.capacity), int(min(ghost * self.capacity, everything))
         self.promotion = promotion
         self.uses: dict[int, int] = {}  # of what is in ``small`` and ``main``, since it came there
         self.returning: set[int] = set()  # used, missing, and found in the ghost
@@ -110,6 +112,16 @@ class S3Fifo(QueuePolicy):
         "ghost": 0.9,  # paper: as much as the main queue
         "promotion": 2,  # paper: uses
     }
+
+    def __init__(self, context: PolicyContext) -> None:
+        options = {**self.defaults, **context.options}
+        if not 0 <= options["small"] <= 1:
+            raise ValueError(f"small must be from 0 to 1, got {options['small']}")
+        if not 0 <= options["ghost"] < math.inf:
+            raise ValueError(f"ghost must be a finite number of at least 0, got {options['ghost']}")
+        if not 1 <= options["promotion"] <= MOST_USES:
+            raise ValueError(f"promotion must be from 1 to {MOST_USES}, got {options['promotion']}")
+        super().__init__(context)
 
     def new_pool(self) -> Pool:
         return _Pool(self.context, **self.options)
