@@ -21,7 +21,7 @@ demo: $(STAMP) ## run the whole twin on the small model, and say where the repor
 	@$(BIN)/moetwin demo --force
 
 test: lint ## lint, type-check, and run every test with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(CODE)
