@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 import torch
 
 from real.device import Device
-from real.executor import Executor
+from real.executor import Executor, Predictions
 from real.generate import HookChain, Sampler, TextStream, generate, left_pad
 from real.models.load import LoadedModel
 from real.record import Collector, check_positions
 from real.routing import Replay
 from real.store import DeviceSlots, HostStore
-from sim.controller import ExpertShape, OffloadController, Predicted
+from sim.controller import ExpertShape, OffloadController
 from sim.costs import Costs
 from sim.policies.base import Calibration
 from sim.results import RunResult
-from sim.run import build_controller, check_causal, predictions_of, run_info
+from sim.run import build_controller, check_causal, predicted_of, predictions_of, run_info
 from sim.systems import Budget, SystemSpec
 from traces.errors import InputError
 from traces.memory import check_free
@@ -187,7 +187,7 @@ class _Guide:
     def end_step(self, next_tokens: list[int]) -> None:
         """Nothing to do."""
 
-    def forecast(self, layer: int) -> Sequence[Sequence[int]]:
+    def forecast(self, layer: int) -> Predictions:
         """What the trace expected of the layers after ``layer``."""
         return self._forecast[layer]  # type: ignore[return-value]
 
@@ -214,8 +214,7 @@ def _controller(
 ) -> OffloadController:
     spec = loaded.spec
     shape = ExpertShape(spec.moe_layers, spec.experts, spec.top_k, spec.expert_bytes)
-    predicted = Predicted(costs.gpu_expert_s, costs.cpu_expert_s, costs.copy_s(shape.expert_bytes))
-    return OffloadController(system, shape, budget, predicted, None, calibration)
+    return OffloadController(system, shape, budget, predicted_of(costs, shape.expert_bytes), None, calibration)
 
 
 def _result(machine: Machine, executor: Executor, controller: OffloadController, workload: Workload) -> RunResult:

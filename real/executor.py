@@ -21,6 +21,7 @@ from real.models.load import LoadedModel
 from real.routing import RouteListener, RouterCall, RouterTap, lookahead, router_scores
 from real.store import DeviceSlots, HostStore
 from sim.controller import OffloadController
+from sim.engine import BEFORE
 from sim.logs import LayerRecord, RunLog
 from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
 from sim.queues import LINK_WINDOW
@@ -31,7 +32,7 @@ from traces.workload import Step
 IMPLEMENTATION = "moetwin_offload"
 """Name under which the executor stands in the experts interface of transformers."""
 
-Predictions = Sequence[Sequence[int]]
+Predictions = Sequence[Sequence[tuple[int, int]]]
 
 
 class Executor:
@@ -84,6 +85,7 @@ class Executor:
             layer.experts.moetwin = (self, layer.index)  # type: ignore[assignment]
         self._loaded.model.set_experts_implementation(IMPLEMENTATION)
         self._tap = RouterTap(self._loaded.layers, *self._listeners, self).__enter__()
+        self._preload()
         return self
 
     def __exit__(
@@ -97,6 +99,15 @@ class Executor:
             self._loaded.model.set_experts_implementation(self._implementation)
             for layer in self._loaded.layers:
                 del layer.experts.moetwin
+
+    def _preload(self) -> None:
+        """Loads what the system wants to be there before the first step."""
+        works = []
+        for operation in self._controller.preload():
+            work = self._device.copy(partial(self.slots.load, operation.slot, operation.layer, operation.expert), [])
+            works.append(work)
+            self.log.operation(BEFORE, _as_taken(operation, work))
+        self._device.wait(works)
 
     def begin_step(self, step_index: int, phase: Phase, mask: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """A forward pass begins; shapes as in :class:`real.generate.StepHooks`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from sim.policies.base import EvictionPolicy
@@ -36,15 +37,19 @@ class ExpertCache:
     Slots are numbered pool after pool; ``staging`` slots, which hold nothing for longer than a layer, come last.
     """
 
-    def __init__(self, layers: int, experts: int, slots: int, *, shared: bool = False, staging: int = 2) -> None:
-        """``slots`` is the capacity of each layer's pool, or of the one pool when ``shared``."""
-        pools = 1 if shared else layers
-        self.layers, self.experts, self.slots, self.shared = layers, experts, slots, shared
+    def __init__(
+        self, layers: int, experts: int, slots: int | Sequence[int], *, shared: bool = False, staging: int = 2
+    ) -> None:
+        """``slots`` is the capacity of each layer's pool, by layer where they differ, or of the one pool when
+        ``shared``."""
+        sizes = [*slots] if isinstance(slots, Sequence) else [slots] * (1 if shared else layers)
+        self.layers, self.experts, self.shared = layers, experts, shared
         self.slot_of = [-1] * (layers * experts)
         self.in_flight: dict[int, int] = {}
-        self.staging = tuple(range(pools * slots, pools * slots + staging))
-        self.total_slots = pools * slots + staging
-        free = [list(range((pool + 1) * slots - 1, pool * slots - 1, -1)) for pool in range(pools)]
+        bounds = [0, *accumulate(sizes)]
+        self.staging = tuple(range(bounds[-1], bounds[-1] + staging))
+        self.total_slots = bounds[-1] + staging
+        free = [list(range(end - 1, start - 1, -1)) for start, end in pairwise(bounds)]
         all_pools: list[Pool] = [(numbers, {}) for numbers in free]
         self._pools = all_pools * layers if shared else all_pools  # by layer
         self._home = [self._pools[block // experts] for block in range(layers * experts)]

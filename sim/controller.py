@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from sim.cache import ExpertCache, Verdict
 from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation, operation_of
-from sim.policies import EVICTION, PLACEMENT, PREFETCH, EvictionPolicy, LayerView, PolicyContext
-from sim.policies.base import Calibration, Future
+from sim.policies import EvictionPolicy, LayerView, PolicyContext
+from sim.policies.base import Assignment, Calibration, Future, Policy, PrefetchView
+from sim.policies.place.split import makespan_s, split
 from sim.systems import Budget, SystemSpec
 from traces.workload import Routing
 
@@ -38,13 +39,15 @@ class Predicted:
     """Predicted seconds that a placement policy may weigh: both clocks hand over the same numbers.
 
     ``gpu_free_s`` is what the GPU still has to do when a layer is placed, before it comes to the routed experts:
-    nothing, as long as shared experts are part of the dense work that the host waits for.
+    nothing, as long as shared experts are part of the dense work that the host waits for. ``router_s`` is what passes
+    from the end of a layer's experts until the next router's choice is known.
     """
 
     gpu_expert_s: Callable[[int], float]
     cpu_expert_s: Callable[[int, bool], float]
     copy_s: float
     gpu_free_s: float = 0.0
+    router_s: float = 0.0
 
 
 class OffloadController:
@@ -58,7 +61,10 @@ class OffloadController:
         predicted: Predicted,
         future: Future | None = None,
         calibration: Calibration | None = None,
+        seed: int = 0,
     ) -> None:
+        """``future`` and ``calibration`` are for policies that need them, ``seed`` for what they draw at random."""
+        shared = system.scope == "global"
         context = PolicyContext(
             shape.layers,
             shape.experts,
@@ -67,46 +73,51 @@ class OffloadController:
             calibration,
             capacity=budget.slots,
             weights=(1,) * shape.layers,
-            shared=system.scope == "global",
+            shared=shared,
+            seed=seed,
         )
         self.system, self.shape, self.budget = system, shape, budget
         self.cache = ExpertCache(
-            shape.layers,
-            shape.experts,
-            budget.slots,
-            shared=system.scope == "global",
-            staging=budget.staging,
+            shape.layers, shape.experts, budget.by_layer or budget.slots, shared=shared, staging=budget.staging
         )
-        self._evict = EVICTION[system.evict](context)
-        self._scored = "scores" in self._evict.needs
-        self._watches = type(self._evict).observe is not EvictionPolicy.observe
-        self._place = PLACEMENT[system.place](context)
-        self._prefetch = PREFETCH[system.prefetch](context)
+        self._evict = system.eviction(context)
+        self._place = system.placement(context)
+        self._prefetch = system.prefetching(context)
+        told: list[Policy] = [self._evict, self._prefetch]
+        self._hear_sequences = [one for one in told if _hears(one, "begin_sequence")]
+        self._hear_scores = [one for one in told if "scores" in one.needs]
+        self._hear_uses = [one for one in told if _hears(one, "observe")]
+        self._looks_ahead = system.prefetch != "none" and not system.synchronous
         self._predicted = predicted
-        self._draft = _Draft(self.cache, self._evict, shape)
+        self._draft = _Draft(self.cache, self._evict, shape, write_back=system.write_back)
+        self._layer_s = lru_cache(maxsize=8192)(self._scheduled_s)
         self.fallbacks = 0
         """Layers in which one device alone was quicker than the placement's own schedule."""
         self._event = -1
-        self._layer = -1
-        self._current: Collection[int] = ()
-        self._wanted: list[tuple[int, int]] = []
-        self._predictions: Sequence[Sequence[int]] = ()
+        self._wanted: list[int] = []
+        self._protected: set[int] = set()
+
+    def preload(self) -> list[Operation]:
+        """What is loaded before the first step, as the eviction policy wants it: copies, which nothing waits for."""
+        return self._draft.preload(self._evict.preload())
 
     def begin_step(self, step: int, *, new_batch: bool = False) -> None:
         """A forward pass begins; ``step`` counts them over the run. ``new_batch``: none of its sequences ran before."""
         self._event = step * self.shape.layers - 1
         if new_batch:
-            self._evict.begin_sequence()
+            for policy in self._hear_sequences:
+                policy.begin_sequence()
 
-    def plan_layer(self, layer: int, routing: Routing, predictions: Sequence[Sequence[int]] = ()) -> LayerPlan:
-        """Decides one layer: ``routing`` is what its router chose, ``predictions[d]`` the experts that are expected in
-        layer ``layer + 1 + d``, most wanted first. The plan's operations are in order of submission."""
+    def plan_layer(self, layer: int, routing: Routing, expected: Sequence[Sequence[tuple[int, int]]] = ()) -> LayerPlan:
+        """Decides one layer: ``routing`` is what its router chose, ``expected[d]`` the (expert, tokens) that are
+        predicted for layer ``layer + 1 + d``, most tokens first. The plan's operations are in order of submission."""
         load = self._take_in(layer, routing)
-        hits, late, missing = self.cache.look_up(self._event, load)
-        if self._prefetch.depth:
-            self._note_predictions(layer, load, predictions)
+        parts = hits, late, missing = self.cache.look_up(self._event, load)
+        assigned = None
         if self._place.uses_cpu and (missing or self._place.takes_hits):
-            on_cpu, on_gpu, fetched = self._assign(layer, load, (hits, late, missing))
+            assigned = self._assign(layer, load, parts)
+            base = layer * self.shape.experts
+            on_cpu, on_gpu, fetched = ([base + one for one in part] for part in assigned[0][:3])
         else:
             on_cpu, on_gpu, fetched = NOTHING, [*hits, *late, *missing], missing
         verdict = self.cache.settle(layer, load, fetched, self._evict) if fetched else None
@@ -118,6 +129,9 @@ class OffloadController:
             draft.fetch(on_gpu, verdict)
         else:
             draft.gpu(on_gpu, self.cache.in_flight)
+        if self._looks_ahead:
+            times_s = self._times(layer, load, parts, assigned) if self._prefetch.weighs_time else (0.0, 0.0)
+            self._look_ahead(layer, load, expected, *times_s)
         hit_tokens = sum(map(load.__getitem__, hits)) if routing.assignments > len(load) else len(hits)
         return _plan_of(
             (
@@ -136,12 +150,11 @@ class OffloadController:
 
     def next_transfer(self) -> tuple[Operation, ...]:
         """The next prefetch worth starting now, with the eviction that makes room for it; empty when there is none."""
-        cache, experts = self.cache, self.shape.experts
         while self._wanted:
-            layer, expert = self._wanted.pop()
-            block = layer * experts + expert
-            if cache.slot_of[block] >= 0:
+            block = self._wanted.pop()
+            if self.cache.slot_of[block] >= 0:
                 continue
+            layer = block // self.shape.experts
             victim = self._victim(layer)
             if victim is None:
                 continue
@@ -158,24 +171,29 @@ class OffloadController:
         base = layer * self.shape.experts
         experts, counts, assignments, scores = routing
         blocks = [base + expert for expert in experts]
-        if self._scored:
-            self._evict.observe_scores(layer, scores)
-        if self._watches:
-            self._evict.observe(self._event, blocks, counts)
+        for policy in self._hear_scores:
+            policy.observe_scores(layer, scores)
+        for policy in self._hear_uses:
+            policy.observe(self._event, blocks, counts)
         if assignments == len(blocks):
             return dict.fromkeys(blocks, 1)
         load = zip(blocks, counts, strict=True)
         return dict(sorted(load, key=lambda item: (-item[1], item[0])))
 
     def _assign(
-        self, layer: int, load: dict[int, int], parts: tuple[list[int], ...]
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Blocks for the CPU, for the GPU, and those that are copied, each in order; ``parts`` are the layer's hits,
-        what is late, and the misses."""
+        self, layer: int, load: Mapping[int, int], parts: tuple[list[int], list[int], list[int]]
+    ) -> tuple[Assignment, LayerView]:
+        """Asks the placement policy who computes what; ``parts`` are the blocks that hit, are late, and miss."""
+        view = self._view(layer, load, parts)
+        assignment = self._place.place(view)
+        self.fallbacks += assignment.fallback
+        return assignment, view
+
+    def _view(self, layer: int, load: Mapping[int, int], parts: tuple[list[int], list[int], list[int]]) -> LayerView:
         base, predicted = layer * self.shape.experts, self._predicted
         hits, late, misses = [tuple([(block - base, load[block]) for block in part]) for part in parts]
         arrivals_s, link_free_s = self._arrivals(parts[1]) if self.cache.in_flight else ((), 0.0)
-        view = LayerView(
+        return LayerView(
             layer,
             hits,
             misses,
@@ -188,9 +206,6 @@ class OffloadController:
             predicted.gpu_free_s,
             link_free_s,
         )
-        cpu, gpu, copies, fallback = self._place.place(view)
-        self.fallbacks += fallback
-        return [base + one for one in cpu], [base + one for one in gpu], [base + one for one in copies]
 
     def _arrivals(self, late: list[int]) -> tuple[tuple[float, ...], float]:
         """By when each of ``late`` is there, and the link free for copies: what began first is brought to its end, and
@@ -200,10 +215,61 @@ class OffloadController:
         copy_s = self._predicted.copy_s
         return tuple([(queue.index(block) + 1) * copy_s for block in late]), len(queue) * copy_s
 
-    def _note_predictions(self, layer: int, blocks: Collection[int], predictions: Sequence[Sequence[int]]) -> None:
-        self._current, self._layer, self._predictions = blocks, layer, predictions
-        ahead = predictions[: max(0, self.shape.layers - 1 - layer)]
-        self._wanted = [*self._prefetch.candidates(layer, ahead)][::-1]
+    def _look_ahead(
+        self,
+        layer: int,
+        load: Collection[int],
+        expected: Sequence[Sequence[tuple[int, int]]],
+        link_free_s: float,
+        router_s: float,
+    ) -> None:
+        """Asks the prefetch policy what it wants from now on; what it wanted before and did not get is dropped."""
+        ahead = expected[: max(0, self.shape.layers - 1 - layer)]
+        slot_of, experts = self.cache.slot_of, self.shape.experts
+        view = PrefetchView(
+            self._event,
+            layer,
+            ahead,
+            lambda block: slot_of[block] >= 0,
+            self._layer_s,
+            self._predicted.copy_s,
+            link_free_s,
+            router_s,
+        )
+        wanted = self._prefetch.candidates(view)
+        self._wanted = [*wanted][::-1]
+        named = (base * experts + expert for base, chosen in enumerate(ahead, layer + 1) for expert, _ in chosen)
+        self._protected = {*load, *wanted, *named}
+
+    def _times(
+        self,
+        layer: int,
+        load: Mapping[int, int],
+        parts: tuple[list[int], list[int], list[int]],
+        assigned: tuple[Assignment, LayerView] | None,
+    ) -> tuple[float, float]:
+        """Predicted seconds until the link has brought this layer's copies, and until the next router has chosen."""
+        if assigned is None:
+            view = self._view(layer, load, parts)
+            assigned = split(view, ()), view
+        assignment, view = assigned
+        link_free_s = view.link_free_s + len(assignment.copies) * view.copy_s
+        return link_free_s, makespan_s(view, assignment) + self._predicted.router_s
+
+    def _scheduled_s(self, hits: tuple[int, ...], misses: tuple[int, ...]) -> float:
+        """Seconds of a layer whose experts have these tokens, as the placement would have it; experts go by rank."""
+        predicted, ranks = self._predicted, [*range(len(hits) + len(misses))]
+        view = LayerView(
+            0,
+            tuple(zip(ranks, hits, strict=False)),
+            tuple(zip(ranks[len(hits) :], misses, strict=False)),
+            0,
+            predicted.gpu_expert_s,
+            predicted.cpu_expert_s,
+            predicted.copy_s,
+            gpu_free_s=predicted.gpu_free_s,
+        )
+        return makespan_s(view, self._place.place(view) if self._place.uses_cpu else split(view, ()))
 
     def _victim(self, layer: int) -> int | None:
         """The block that a prefetch for ``layer`` may push out: -1 where a slot is free, None where all that is there
@@ -211,14 +277,15 @@ class OffloadController:
         cache = self.cache
         if cache.free_slots(layer):
             return -1
-        protected = self._protected()
-        spare = [block for block in cache.residents(layer) if block not in cache.in_flight and block not in protected]
+        spare = [
+            block for block in cache.residents(layer) if block not in cache.in_flight and block not in self._protected
+        ]
         return cache.weakest(spare, self._evict)[0] if spare else None
 
-    def _protected(self) -> set[int]:
-        experts = self.shape.experts
-        ahead = enumerate(self._predictions, self._layer + 1)
-        return set(self._current) | {layer * experts + expert for layer, chosen in ahead for expert in chosen}
+
+def _hears(policy: Policy, hook: str) -> bool:
+    """Whether a policy listens: most leave most hooks as they are, and are not called."""
+    return getattr(type(policy), hook) is not getattr(Policy, hook)
 
 
 _plan_of: Callable[[tuple[Any, ...]], LayerPlan] = partial(tuple.__new__, LayerPlan)
@@ -227,8 +294,10 @@ _plan_of: Callable[[tuple[Any, ...]], LayerPlan] = partial(tuple.__new__, LayerP
 class _Draft:
     """Numbers operations, puts those of one layer in order, and enters them into the cache's book."""
 
-    def __init__(self, cache: ExpertCache, evict: EvictionPolicy, shape: ExpertShape) -> None:
+    def __init__(self, cache: ExpertCache, evict: EvictionPolicy, shape: ExpertShape, *, write_back: bool) -> None:
         self._cache, self._evict, self._experts, self._bytes = cache, evict, shape.experts, shape.expert_bytes
+        self._written_bytes = shape.expert_bytes if write_back else 0
+        self._saved_by: dict[int, int] = {}  # by slot: the operation that saves what it held
         self._tells = type(evict).admit is not EvictionPolicy.admit  # most policies do not listen
         self._number = 0
         self.begin(0, {})
@@ -237,6 +306,16 @@ class _Draft:
         """Starts the plan of ``layer``, whose blocks get ``load[block]`` tokens."""
         self._layer, self._load, self._base = layer, load, layer * self._experts
         self.operations: list[Operation] = []
+
+    def preload(self, blocks: Iterable[int]) -> list[Operation]:
+        """Copies of ``blocks`` to free slots."""
+        operations = []
+        for block in blocks:
+            layer = block // self._experts
+            self.begin(layer, {})
+            self._admit((block,))
+            operations += self.operations
+        return operations
 
     def cpu(self, blocks: Sequence[int]) -> None:
         """Experts that the CPU computes, in its order: a resident one stays, another is used without being kept."""
@@ -331,16 +410,21 @@ class _Draft:
 
     def _copy(self, block: int, slot: int, after: tuple[int, ...] = ()) -> int:
         self._number = number = self._number + 1
+        if slot in self._saved_by:
+            after = (*after, self._saved_by.pop(slot))
         fields = (number, COPY, self._layer, block - self._base, slot, 0, self._bytes, after, False)
         self.operations.append(operation_of(fields))
         return number
 
     def _drop(self, blocks: Sequence[int]) -> None:
-        """Removes ``blocks``, which may be other layers', from the cache."""
-        remove, forget, experts = self._cache.remove, self._evict.forget, self._experts
+        """Removes ``blocks``, which may be other layers', from the cache; what is written back keeps its slot busy."""
+        remove, forget, experts, size_bytes = self._cache.remove, self._evict.forget, self._experts, self._written_bytes
         add = self.operations.append
         for number, block in enumerate(blocks, self._number + 1):
             layer, expert = divmod(block, experts)
-            add(operation_of((number, EVICT, layer, expert, remove(block), 0, 0, (), False)))
+            slot = remove(block)
+            add(operation_of((number, EVICT, layer, expert, slot, 0, size_bytes, (), False)))
+            if size_bytes:
+                self._saved_by[slot] = number
             forget(block)
         self._number += len(blocks)

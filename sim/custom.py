@@ -1,4 +1,4 @@
-"""A user's own eviction policy: a class in a Python file, read when the command runs and watched while it decides.
+"""A user's own policy: a class in a Python file, read when the command runs and watched while it decides.
 
 What such a class does wrong is told in one line that names the file: it must end neither in a traceback nor in figures
 that only look right. The registered policies are not watched, and lose no time.
@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import cache, wraps
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -20,45 +20,69 @@ from typing import Any
 
 import numpy as np
 
-from sim.policies.base import EvictionPolicy, PolicyContext
+from sim.policies.base import (
+    EvictionPolicy,
+    PlacementPolicy,
+    Policy,
+    PolicyContext,
+    PrefetchPolicy,
+)
 from traces.errors import InputError, unknown_name
 
 FIELD = "policy_file"
-HOOKS = ("begin_sequence", "observe_scores", "observe", "key", "keys", "admit", "forget", "order", "preload")
-"""What a replay calls; an error in any of them is the file's."""
+BASES: dict[str, type[Policy]] = {"evict": EvictionPolicy, "prefetch": PrefetchPolicy, "place": PlacementPolicy}
+"""What a policy of each kind is derived from."""
+TOLD = ("begin_sequence", "observe_scores", "observe")
+HOOKS = {
+    "evict": (*TOLD, "key", "keys", "admit", "forget", "order", "preload"),
+    "prefetch": (*TOLD, "candidates"),
+    "place": ("place",),
+}
+"""What a run calls, by kind; an error in any of them is the file's."""
 
 GIVEN = ("scores", "future", "calibration")
-"""What a replay can give to a policy that needs it."""
+"""What a run can give to a policy that needs it; a prefetch policy gets look-ahead, too."""
 
 FLAGS = ("bypass", "misses_first", "by_recency")
 
 
-def load_policy(text: str) -> type[EvictionPolicy]:
-    """The policy class that ``text`` names, as ``my.py:MyPolicy``, ready to be replayed.
+def load_policy(text: str, kind: str = "evict") -> type[Any]:
+    """The policy class of a ``kind``, a key of :data:`BASES`, that ``text`` names as ``my.py:MyPolicy``, ready to run.
 
     A class without a ``name`` of its own goes by its class name. Raises :class:`InputError` when the file is missing,
-    is not Python, or raises; when it has no such class; and when that is no complete :class:`EvictionPolicy`. The class
-    that is returned raises it too: when a method raises, and when the policy ranks other blocks than it was given.
+    is not Python, or raises; when it has no such class; and when that is no complete policy of that kind. The class
+    that is returned raises it too: when a method raises, and when the policy decides what cannot be done.
     """
     file, colon, name = text.rpartition(":")
     if not colon or not file or not name.isidentifier():
         raise InputError(f"{FIELD} must name a file and a class in it, as my.py:MyPolicy, got {text!r}")
+    return _loaded(text, kind, _content(Path(file)))
+
+
+@cache
+def _loaded(text: str, kind: str, content: bytes) -> type[Any]:
+    file, _, name = text.rpartition(":")
     path = Path(file)
-    kind = _class_in(_run(path), path, name)
-    _check_class(kind, text)
-    return _watched(kind, text)
+    found = _class_in(_run(path, content), path, name, BASES[kind])
+    _check_class(found, text)
+    return _watched(found, text, kind)
 
 
-def _run(path: Path) -> dict[str, Any]:
-    """What the file defines; it is compiled here, and not imported, so that nothing is left beside it."""
+def _content(path: Path) -> bytes:
     if not path.is_file():
         raise InputError(f"{FIELD} must be an existing file, got {path}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{FIELD} must be a readable file, got {path}: {error.strerror}") from error
+
+
+def _run(path: Path, content: bytes) -> dict[str, Any]:
+    """What the file defines; it is compiled here, and not imported, so that nothing is left beside it."""
     module = ModuleType(f"moetwin_policy_{path.stem}")
     module.__file__ = str(path)
     try:
-        code = compile(path.read_bytes(), str(path), "exec")
-    except OSError as error:
-        raise InputError(f"{FIELD} must be a readable file, got {path}: {error.strerror}") from error
+        code = compile(content, str(path), "exec")
     except (SyntaxError, ValueError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise InputError(f"{FIELD} must be Python, got {path}{line}: {getattr(error, 'msg', error)}") from error
@@ -70,36 +94,36 @@ def _run(path: Path) -> dict[str, Any]:
     return vars(module)
 
 
-def _class_in(namespace: dict[str, Any], path: Path, name: str) -> type[EvictionPolicy]:
+def _class_in(namespace: dict[str, Any], path: Path, name: str, base: type[Policy]) -> type[Any]:
     if name not in namespace:
-        own = [key for key, value in namespace.items() if _is_policy(value) and value is not EvictionPolicy]
+        own = [key for key, value in namespace.items() if _is_policy(value, base) and value is not base]
         if not own:
-            raise InputError(f"{FIELD} must have a class derived from EvictionPolicy, got none in {path}")
+            raise InputError(f"{FIELD} must have a class derived from {base.__name__}, got none in {path}")
         raise unknown_name(f"class in {path}", name, own)
-    found = namespace[name]
-    if not _is_policy(found):
+    found: Any = namespace[name]
+    if not _is_policy(found, base):
         what = f"class {name}" if isinstance(found, type) else f"{name}, a {type(found).__name__}"
-        raise InputError(f"{FIELD} must name a class derived from EvictionPolicy, got {what} in {path}")
-    kind: type[EvictionPolicy] = found
-    return kind
+        raise InputError(f"{FIELD} must name a class derived from {base.__name__}, got {what} in {path}")
+    own_kind: type[Any] = found
+    return own_kind
 
 
-def _is_policy(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, EvictionPolicy)
+def _is_policy(value: Any, base: type[Policy]) -> bool:
+    return isinstance(value, type) and issubclass(value, base)
 
 
-def _check_class(kind: type[EvictionPolicy], text: str) -> None:
+def _check_class(kind: type[Any], text: str) -> None:
     if inspect.isabstract(kind):
         missing = ", ".join(sorted(kind.__abstractmethods__))
         raise InputError(f"{FIELD} must name a complete policy, got {text} without {missing}")
     _check_constants(kind, text)
-    if kind.by_recency and _owner(kind, "key", "keys") < _owner(kind, "by_recency"):
+    if getattr(kind, "by_recency", False) and _owner(kind, "key", "keys") < _owner(kind, "by_recency"):
         raise InputError(
             f"{FIELD} must set by_recency = False where it defines key, got {text}, whose key is not asked"
         )
 
 
-def _check_constants(kind: type[EvictionPolicy], text: str) -> None:
+def _check_constants(kind: type[Any], text: str) -> None:
     """Raises :class:`InputError` unless what the class says of itself is of the kind that a replay reads."""
     name: Any = _name(kind)
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
@@ -110,7 +134,7 @@ def _check_constants(kind: type[EvictionPolicy], text: str) -> None:
     for need in sorted(needs.difference(GIVEN), key=repr):
         raise InputError(f"{FIELD} must need nothing but {', '.join(GIVEN)} in a replay, got {need!r} in {text}")
     for flag in FLAGS:
-        if not isinstance(value := getattr(kind, flag), bool):
+        if not isinstance(value := getattr(kind, flag, False), bool):
             raise InputError(f"{FIELD} must have True or False as {flag}, got {value!r} in {text}")
     defaults: Any = kind.defaults
     if not isinstance(defaults, Mapping) or not all(isinstance(constant, str) for constant in defaults):
@@ -121,18 +145,18 @@ def _check_constants(kind: type[EvictionPolicy], text: str) -> None:
             raise InputError(f"{FIELD} must have {rule}, got {constant}={value!r} in {text}")
 
 
-def _name(kind: type[EvictionPolicy]) -> str:
+def _name(kind: type[Any]) -> str:
     """The name of the class's own, not of one of its bases, or else its class name."""
     name: str = vars(kind).get("name", kind.__name__)
     return name
 
 
-def _owner(kind: type[EvictionPolicy], *names: str) -> int:
+def _owner(kind: type[Any], *names: str) -> int:
     """How far up the line of its bases the first class stands that defines one of ``names``."""
     return next(depth for depth, base in enumerate(kind.__mro__) if not vars(base).keys().isdisjoint(names))
 
 
-def _watched(kind: type[EvictionPolicy], text: str) -> type[EvictionPolicy]:
+def _watched(kind: type[Any], text: str, sort: str) -> type[Any]:
     """A subclass that reports what goes wrong in ``kind``, under the name that ``kind`` goes by."""
 
     def ranked(self: Any, blocks: Collection[int], recency: Sequence[int]) -> list[int]:
@@ -160,7 +184,7 @@ def _watched(kind: type[EvictionPolicy], text: str) -> type[EvictionPolicy]:
         return blocks
 
     own: dict[str, Any] = {"order": ranked, "observe": told, "keys": valued, "preload": loaded}
-    body: dict[str, Any] = {hook: _guarded(own.get(hook, getattr(kind, hook)), hook, text) for hook in HOOKS}
+    body: dict[str, Any] = {hook: _guarded(own.get(hook, getattr(kind, hook)), hook, text) for hook in HOOKS[sort]}
     body["__init__"] = _guarded(kind.__init__, "__init__", text)
     body["name"] = _name(kind)
     return type(kind.__name__, (kind,), body)

@@ -26,8 +26,12 @@ from traces.workload import Routing, Step
 
 __all__ = ["LINK_WINDOW", "Engine", "Predictions", "has_closed_form"]
 
+BEFORE = -1
+"""The step of operations that come before the first one: what is loaded then takes no time of the run."""
+
 Process = Generator[Any, Any, None]
-Predictions = Sequence[Sequence[Sequence[int]]]
+Predictions = Sequence[Sequence[Sequence[tuple[int, int]]]]
+"""By layer, by distance: (expert, tokens)."""
 
 
 class Engine:
@@ -65,6 +69,8 @@ class Engine:
     ) -> None:
         """Runs ``steps``; the callables give a step's routing and predictions by layer. ``progress`` follows each."""
 
+        self.log.submitted(BEFORE, self.controller.preload())
+
         def host() -> Process:
             for step in steps:
                 yield from self._step(step, routing(step), predictions(step))
@@ -92,7 +98,9 @@ class Engine:
         yield from machine.dense("head", head, self._host.layer_s, head_s)
         self.log.step(step, start_s, machine.now_s, machine.now_s - records[-1].end_s, records)
 
-    def _experts(self, record: LayerRecord, routing: Routing, predictions: Sequence[Sequence[int]]) -> Process:
+    def _experts(
+        self, record: LayerRecord, routing: Routing, predictions: Sequence[Sequence[tuple[int, int]]]
+    ) -> Process:
         """The router's choice, the controller's decisions, and their submission."""
         machine, host = self._machine, self._host
         start_s = machine.now_s

@@ -22,12 +22,18 @@ from traces.workload import Routing, Step, Workload, next_uses, router_scores, r
 
 
 def build_controller(
-    workload: Workload, system: SystemSpec, budget: Budget, costs: Costs, calibration: Calibration | None = None
+    workload: Workload,
+    system: SystemSpec,
+    budget: Budget,
+    costs: Costs,
+    calibration: Calibration | None = None,
+    *,
+    seed: int = 0,
 ) -> OffloadController:
     """The controller of a run whose routing is ``workload``; either clock may run it.
 
-    ``calibration`` is the trace that fitted policies learn from. Raises :class:`InputError` when the trace, or the
-    caller, does not give what the system's policies need.
+    ``calibration`` is the trace that fitted policies learn from, ``seed`` for what they draw. Raises
+    :class:`InputError` when the trace, or the caller, does not give what the system's policies need.
     """
     header = workload.trace.header
     check_needs(workload.trace, system, calibration)
@@ -35,19 +41,28 @@ def build_controller(
     if len(sizes) > 1:
         raise InputError(f"expert_bytes must be equal in all layers to run a trace, got {sorted(sizes)}")
     shape = ExpertShape(header.layers, header.experts, header.top_k, sizes.pop())
-    predicted = Predicted(costs.gpu_expert_s, costs.cpu_expert_s, costs.copy_s(shape.expert_bytes))
     future = next_uses(workload) if "future" in system.needs else None
-    return OffloadController(system, shape, budget, predicted, future, calibration)
+    predicted = predicted_of(costs, shape.expert_bytes)
+    return OffloadController(system, shape, budget, predicted, future, calibration, seed)
+
+
+def predicted_of(costs: Costs, expert_bytes: int) -> Predicted:
+    """What policies may know of ``costs``; until the next router has chosen, a token of a short context is meant."""
+    host = costs.host
+    router_s = costs.dense_s(1, 1) + host.layer_s + host.readback_s + host.controller_s
+    return Predicted(costs.gpu_expert_s, costs.cpu_expert_s, costs.copy_s(expert_bytes), router_s=router_s)
 
 
 def check_needs(trace: Trace, system: SystemSpec, calibration: Calibration | None = None) -> None:
     """Raises :class:`InputError` unless ``trace`` and ``calibration`` give what the policies of ``system`` ask for."""
     check_calibration(system, calibration)
     if "scores" in system.needs and trace.scores is None and trace.gates is None:
-        raise InputError(f"trace must have the router's scores, or at least gates, for {system.evict}, got neither")
+        raise InputError(
+            f"trace must have the router's scores, or at least gates, for {system.needing('scores')}, got neither"
+        )
     if trace.lookahead_depth < system.lookahead_depth:
         raise InputError(
-            f"trace must have look-ahead of depth {system.lookahead_depth} for prefetch {system.prefetch}, "
+            f"trace must have look-ahead of depth {system.lookahead_depth} for prefetch {system.needing('lookahead')}, "
             f"got depth {trace.lookahead_depth}"
         )
 
@@ -55,18 +70,22 @@ def check_needs(trace: Trace, system: SystemSpec, calibration: Calibration | Non
 def check_calibration(system: SystemSpec, calibration: Calibration | None) -> None:
     """Raises :class:`InputError` when a policy of ``system`` has to be fitted, and there is nothing to fit it to."""
     if "calibration" in system.needs and calibration is None:
-        raise InputError(f"calibration must be given for {system.evict}, a trace apart from the one that is run")
+        raise InputError(
+            f"calibration must be given for {system.needing('calibration')}, a trace apart from the one that is run"
+        )
 
 
 def check_causal(system: SystemSpec, calibration: Calibration | None = None) -> None:
     """Raises :class:`InputError` unless ``system`` can run where the routing is not known beforehand."""
     if "future" in system.needs:
-        raise InputError(f"evict must be causal to decode prompts, got {system.evict} (replay a trace with it instead)")
+        raise InputError(
+            f"policies must be causal to decode prompts, got {system.needing('future')} (replay a trace instead)"
+        )
     check_calibration(system, calibration)
 
 
 def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
-    """For a step: by layer, by distance, the experts that the look-ahead names, most often named first.
+    """For a step: by layer, by distance, (expert, tokens that the look-ahead gives it), most tokens first.
 
     Experts named equally often come in the order of the first token that names them, then by rank.
     """
@@ -112,11 +131,14 @@ def routings_of(workload: Workload, *, scored: bool = False) -> Callable[[Step],
     return of_step
 
 
-def most_named(experts: Iterable[int]) -> list[int]:
-    """Distinct experts, most often named first; equal ones in the order in which they come; NOT_ROUTED is left out."""
+def most_named(experts: Iterable[int]) -> list[tuple[int, int]]:
+    """Distinct experts and how often each is named, most often first; equal ones in the order in which they come.
+
+    NOT_ROUTED is left out.
+    """
     counts = Counter(experts)
     counts.pop(NOT_ROUTED, None)
-    return [expert for expert, _ in counts.most_common()]
+    return counts.most_common()
 
 
 def simulate(
@@ -127,6 +149,7 @@ def simulate(
     *,
     hardware: str,
     calibration: Calibration | None = None,
+    seed: int = 0,
     events: bool = True,
     operations: bool = True,
     progress: Callable[[], None] = lambda: None,
@@ -136,13 +159,13 @@ def simulate(
 
     Without ``events`` and ``operations`` these two long tables stay empty, which is quicker: for sweeps.
     """
-    controller = build_controller(workload, system, budget, costs, calibration)
+    controller = build_controller(workload, system, budget, costs, calibration, seed=seed)
     engine = Engine(controller, costs, events=events, operations=operations)
     predictions = predictions_of(workload.trace, system.lookahead_depth)
     routing = routings_of(workload, scored="scores" in system.needs)
     engine.run(workload.steps, routing, predictions, progress)
     info = run_info("simulated", workload, controller, hardware=hardware, packages=("numpy", "simpy"))
-    return engine.log.result(info.model_copy(update={"costs": costs.name, "notes": costs.notes}))
+    return engine.log.result(info.model_copy(update={"costs": costs.name, "notes": [*info.notes, *costs.notes]}))
 
 
 def run_info(
@@ -155,8 +178,7 @@ def run_info(
 ) -> RunInfo:
     """The header of a result, filled from what was run; ``packages`` are those whose versions matter to it."""
     header, budget = workload.trace.header, controller.budget
-    pools = 1 if controller.system.scope == "global" else header.layers
-    slots = pools * budget.slots
+    slots = budget.total(header.layers, controller.system.scope)
     return RunInfo.model_validate(
         {
             "source": source,
@@ -170,5 +192,13 @@ def run_info(
             "workload": workload.describe(),
             "synthetic": header.synthetic,
             "software": {name: version(name) for name in packages},
+            "notes": _notes(controller),
         }
     )
+
+
+def _notes(controller: OffloadController) -> list[str]:
+    """What a reader of the result has to know of the policies' own doing."""
+    if not controller.fallbacks:
+        return []
+    return [f"{controller.system.place}: one device alone was quicker in {controller.fallbacks:,} layers, and was used"]

@@ -4,61 +4,168 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from sim.policies import EVICTION, PLACEMENT, PREFETCH
+from sim.custom import load_policy
+from sim.policies import (
+    EVICTION,
+    PLACEMENT,
+    PREFETCH,
+    EvictionPolicy,
+    PlacementPolicy,
+    PolicyContext,
+    PrefetchPolicy,
+)
+from sim.policies.base import Policy
 from traces.errors import InputError, unknown_name
 
 STAGING_SLOTS = 2
 """Slots beside the cache through which experts that are not kept are streamed; two, so that a copy can overlap."""
 
 
+KINDS: dict[str, Mapping[str, type[Policy]]] = {"evict": EVICTION, "prefetch": PREFETCH, "place": PLACEMENT}
+"""The kinds of policies that make a system, and their registries."""
+
+Constant: TypeAlias = bool | int | float | str
+
+
 class SystemSpec(BaseModel):
-    """Which policies decide. Names are keys of the registries in ``sim.policies``."""
+    """Which policies decide, and what they need around them.
+
+    Policies are keys of the registries in ``sim.policies``, or classes of a user's own as ``FILE.py:CLASS``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    name: str = Field(default="", description="what results call it; empty: the names of its policies")
     evict: str = "lru"
     prefetch: str = "none"
     place: str = "fetch"
     scope: Literal["layer", "global"] = "layer"
+    options: dict[str, dict[str, Constant]] = Field(
+        default_factory=dict, description="constants of the policies, by kind: evict, prefetch, place"
+    )
+    slots_by_layer: Literal["even", "miss-costs"] = Field(
+        default="even", description="miss-costs: split over layers by what misses cost on a calibration trace"
+    )
+    layers_held: NonNegativeInt = Field(
+        default=0, description="at most so many layers' worth of slots are used: 2 is a double buffer; 0: all"
+    )
+    write_back: bool = Field(default=False, description="victims are copied back to the host, as a swap does")
+    dense_follows: bool = Field(
+        default=False, description="a layer without resident experts runs on the CPU as a whole, attention too"
+    )
     synchronous: bool = Field(default=False, description="demand only, one operation at a time: the mode of parity")
 
     @field_validator("evict", "prefetch", "place")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        known = {"evict": [*EVICTION], "prefetch": [*PREFETCH], "place": [*PLACEMENT]}[info.field_name]
-        if value not in known:
-            raise unknown_name(info.field_name, value, known)
+        _policy(info.field_name, value)
         return value
+
+    @model_validator(mode="after")
+    def _known_options(self) -> SystemSpec:
+        for kind, constants in self.options.items():
+            if kind not in KINDS:
+                raise unknown_name("options", kind, KINDS)
+            defaults = self.policy(kind).defaults
+            for constant in constants:
+                if constant not in defaults:
+                    raise _no_constant(kind, getattr(self, kind), constant, defaults)
+        return self
+
+    def policy(self, kind: str) -> type[Any]:
+        """The class of its policy of a kind, a key of :data:`KINDS`."""
+        return _policy(kind, getattr(self, kind))
+
+    def options_of(self, kind: str) -> dict[str, Constant]:
+        """The constants that its policy of a kind is given, beside its defaults."""
+        return self.options.get(kind, {})
+
+    def eviction(self, context: PolicyContext) -> EvictionPolicy:
+        """Its eviction policy, made for a run; raises :class:`InputError` for constants that it refuses."""
+        return cast(EvictionPolicy, self._made("evict", context))
+
+    def placement(self, context: PolicyContext) -> PlacementPolicy:
+        """Its placement policy, as :meth:`eviction`."""
+        return cast(PlacementPolicy, self._made("place", context))
+
+    def prefetching(self, context: PolicyContext) -> PrefetchPolicy:
+        """Its prefetch policy, as :meth:`eviction`."""
+        return cast(PrefetchPolicy, self._made("prefetch", context))
+
+    def _made(self, kind: str, context: PolicyContext) -> Any:
+        try:
+            return self.policy(kind)(replace(context, options=self.options_of(kind)))
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{kind} {getattr(self, kind)}: {error}") from error
 
     @property
     def needs(self) -> frozenset[str]:
         """Inputs that the policies ask for, beyond the chosen experts."""
-        return EVICTION[self.evict].needs | PREFETCH[self.prefetch].needs | PLACEMENT[self.place].needs
+        of_policies = frozenset[str]().union(*(self.policy(kind).needs for kind in KINDS))
+        return of_policies | ({"calibration"} if self.slots_by_layer == "miss-costs" else set())
+
+    def needing(self, need: str) -> str:
+        """The name of the policy (or of the field) that asks for ``need``."""
+        return next(
+            (getattr(self, kind) for kind in KINDS if need in self.policy(kind).needs),
+            f"slots_by_layer {self.slots_by_layer}",
+        )
 
     @property
     def lookahead_depth(self) -> int:
         """Layers ahead for which predictions are needed."""
-        return 0 if self.synchronous else PREFETCH[self.prefetch].depth
+        depth: int = self.policy("prefetch").depth(self.options_of("prefetch"))
+        return 0 if self.synchronous else depth
 
     def label(self) -> str:
-        """Short name for tables, such as ``lru + fetch + next-router``."""
+        """Short name for tables: its own, or such as ``lru + fetch + next-router``."""
+        if self.name:
+            return self.name
         ahead = [] if self.synchronous or self.prefetch == "none" else [self.prefetch]
         parts = [self.evict, self.place, *ahead]
-        return " + ".join(parts)
+        return " + ".join(part.rpartition(":")[2] for part in parts)
+
+
+def _policy(kind: str, name: str) -> type[Any]:
+    """The class that ``name`` means, of a registry or of a user's file."""
+    if ":" in name:
+        return load_policy(name, kind)
+    if name not in KINDS[kind]:
+        raise unknown_name(kind, name, KINDS[kind])
+    found: type[Any] = KINDS[kind][name]
+    return found
+
+
+def _no_constant(kind: str, policy: str, constant: str, defaults: Mapping[str, Any]) -> InputError:
+    if not defaults:
+        return InputError(f"options.{kind} must be left out for {policy}, which has none, got {constant}")
+    return unknown_name(f"options.{kind}", constant, defaults)
 
 
 class Budget(BaseModel):
-    """Device slots that a run may use: ``slots`` a layer (or in all, when global) and the staging slots."""
+    """Device slots that a run may use: ``slots`` a layer (or in all, when global) and the staging slots.
+
+    ``by_layer`` gives each layer its own number in place of ``slots``, which is then their mean, rounded down.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     slots: PositiveInt
     staging: PositiveInt = STAGING_SLOTS
+    by_layer: tuple[NonNegativeInt, ...] = ()
+
+    def total(self, layers: int, scope: str) -> int:
+        """Slots in all, staging slots apart."""
+        return sum(self.by_layer) or self.slots * (1 if scope == "global" else layers)
 
 
 def parse_capacity(text: str, *, layers: int, experts: int, scope: str = "layer", field: str = "cache") -> Budget:

@@ -1,6 +1,14 @@
 """Policies: which expert leaves, which is prefetched, which runs on the CPU. They decide, and do nothing else."""
 
-from sim.policies.base import EvictionPolicy, LayerView, PlacementPolicy, PolicyContext, PrefetchPolicy
+from sim.policies.base import (
+    Assignment,
+    EvictionPolicy,
+    LayerView,
+    PlacementPolicy,
+    PolicyContext,
+    PrefetchPolicy,
+    PrefetchView,
+)
 from sim.policies.evict import EVICTION
 from sim.policies.place import PLACEMENT
 from sim.policies.prefetch import PREFETCH
@@ -9,9 +17,11 @@ __all__ = [
     "EVICTION",
     "PLACEMENT",
     "PREFETCH",
+    "Assignment",
     "EvictionPolicy",
     "LayerView",
     "PlacementPolicy",
     "PolicyContext",
     "PrefetchPolicy",
+    "PrefetchView",
 ]

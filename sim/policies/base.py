@@ -57,8 +57,8 @@ class PolicyContext:
         return self.layers * self.experts
 
 
-class Policy(ABC):
-    """What all policies share: a name for the registry, and the inputs that have to be provided.
+class Policy:
+    """What all policies share: a name for the registry, the inputs that have to be provided, and what they may be told.
 
     ``needs`` is a subset of {"scores", "lookahead", "future", "calibration"}; a run whose trace or clock cannot give
     one is refused. ``defaults`` are the constants that may be changed by ``options``, with the values that hold else.
@@ -72,8 +72,18 @@ class Policy(ABC):
         self.context = context
         self.options: dict[str, Any] = {**self.defaults, **context.options}
 
+    def begin_sequence(self) -> None:
+        """A new request (or a new batch of them) begins."""
 
-class EvictionPolicy(Policy):
+    def observe_scores(self, layer: int, scores: Any) -> None:
+        """Takes in the router's softmax over all experts of ``layer``, float [tokens, experts], before the decision of
+        an event; called only where ``needs`` has "scores"."""
+
+    def observe(self, event: int, blocks: Sequence[int], counts: Sequence[int]) -> None:
+        """Takes in the distinct blocks of one decision, ascending, with the tokens each one got."""
+
+
+class EvictionPolicy(Policy, ABC):
     """Ranks blocks by how much they are worth keeping.
 
     A *decision* is one event under the atomic contract, and one expert of it under the serial one. For each decision
@@ -93,16 +103,6 @@ class EvictionPolicy(Policy):
     def preload(self) -> Sequence[int]:
         """Blocks that are loaded before the first event; they must fit."""
         return ()
-
-    def begin_sequence(self) -> None:
-        """A new request (or a new batch of them) begins."""
-
-    def observe_scores(self, layer: int, scores: Any) -> None:
-        """Takes in the router's softmax over all experts of ``layer``, float [tokens, experts], before the decision of
-        an event; called only where ``needs`` has "scores"."""
-
-    def observe(self, event: int, blocks: Sequence[int], counts: Sequence[int]) -> None:
-        """Takes in the distinct blocks of one decision, ascending, with the tokens each one got."""
 
     @abstractmethod
     def key(self, block: int) -> float:
@@ -163,7 +163,7 @@ class Assignment(NamedTuple):
     fallback: bool = False
 
 
-class PlacementPolicy(Policy):
+class PlacementPolicy(Policy, ABC):
     """Says which of a layer's experts run on the CPU and which on the GPU, and in which order; see
     :class:`Assignment`.
 
@@ -180,15 +180,42 @@ class PlacementPolicy(Policy):
         """The assignment of every expert in ``view``, each to one side."""
 
 
-class PrefetchPolicy(Policy):
-    """Says which experts of later layers are worth copying while the link has room."""
+class PrefetchView(NamedTuple):
+    """What a prefetch policy knows once a layer has been decided: the layer, what is expected, and what is there.
 
-    depth: ClassVar[int] = 0
-    """Layers ahead for which ``predictions`` are needed."""
+    ``expected[d]`` holds (expert, tokens) for layer ``layer + 1 + d`` of the same forward pass, most tokens first; it
+    is empty without look-ahead. ``is_there`` tells of a block whether it is resident or on its way. ``makespan_s``
+    gives the seconds that the system's placement would take for a layer whose (expert, tokens) are split into those
+    that are there and those that are not, were the link idle. ``link_free_s`` is when the layer's own copies will have
+    ended, and ``router_s`` when the next router's choice will be known, both in predicted seconds from now.
+    """
+
+    event: int
+    layer: int
+    expected: Sequence[Sequence[tuple[int, int]]]
+    is_there: Callable[[int], bool]
+    makespan_s: Callable[[int, Sequence[tuple[int, int]], Sequence[tuple[int, int]]], float]
+    copy_s: float
+    link_free_s: float = 0.0
+    router_s: float = 0.0
+
+
+class PrefetchPolicy(Policy, ABC):
+    """Says which blocks are worth copying before they are asked for, while the link has room.
+
+    It is told of every decision as an eviction policy is (:meth:`begin_sequence`, :meth:`observe_scores`,
+    :meth:`observe`), and asked after each layer. A policy with "lookahead" in ``needs`` has the option ``depth``, the
+    layers ahead for which it wants to know what their routers say of the hidden state at hand.
+    """
+
+    weighs_time: ClassVar[bool] = False
+    """True: ``link_free_s`` and ``router_s`` are wanted, which cost the controller a schedule of the layer."""
+
+    @classmethod
+    def depth(cls, options: Mapping[str, Any]) -> int:
+        """Layers ahead for which ``expected`` is wanted."""
+        return int({**cls.defaults, **options}["depth"]) if "lookahead" in cls.needs else 0
 
     @abstractmethod
-    def candidates(self, layer: int, predictions: Sequence[Sequence[int]]) -> Sequence[tuple[int, int]]:
-        """(layer, expert) pairs, most wanted first.
-
-        ``predictions[d]`` holds the expert ids that are predicted for layer ``layer + 1 + d``, most wanted first.
-        """
+    def candidates(self, view: PrefetchView) -> Sequence[int]:
+        """Blocks, most wanted first; those that are there already are passed over, but protected from eviction."""

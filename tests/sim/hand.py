@@ -150,10 +150,13 @@ class Script:
         self._layers, self._transfers = layers, {count: [*wanted] for count, wanted in (transfers or {}).items()}
         self._planned = 0
 
+    def preload(self) -> list[Operation]:
+        return []
+
     def begin_step(self, step: int, *, new_batch: bool = False) -> None:
         """Nothing is counted."""
 
-    def plan_layer(self, layer: int, routing: Routing, predictions: Sequence[Sequence[int]] = ()) -> LayerPlan:
+    def plan_layer(self, layer: int, routing: Routing, expected: Sequence[Sequence[tuple[int, int]]] = ()) -> LayerPlan:
         operations = [*self._layers[self._planned]]
         self._planned += 1
         return LayerPlan(layer, operations, 0, 0, 0, 0, 0, 0, 0, 0)

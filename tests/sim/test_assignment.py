@@ -159,7 +159,7 @@ def test_what_is_streamed_comes_in_the_order_of_the_copies(monkeypatch: pytest.M
 def test_what_is_being_prefetched_is_told_with_its_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
     """The copy of 3 has begun; 5, that layer 1 asks for, comes next, and only then is the link free."""
     table = Table(monkeypatch, 4, layers=2, prefetch="next-router")
-    table.plan({0: 1}, ahead=[[3, 5, 6]])
+    table.plan({0: 1}, ahead=[[(3, 1), (5, 1), (6, 1)]])
     begun, queued, last = (table.controller.next_transfer()[-1] for _ in range(3))
     for operation in (begun, queued, last):
         table.row(operation)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sim.engine import BEFORE
 from sim.policies import EVICTION, PLACEMENT, PREFETCH
 from sim.replay.calibration import TraceCalibration
 from sim.replay.feed import Feed
@@ -201,7 +202,7 @@ def check_counts(workload: Workload, result: RunResult) -> None:
     copies = operations[operations["op"] == "copy"]
     assert (copies["bytes"] == EXPERT_BYTES).all()
     prefetched = (result.events["kind"] == "prefetch").sum()
-    assert copies["bytes"].sum() == layers["bytes"].sum() + prefetched * EXPERT_BYTES
+    assert copies["bytes"][copies["step"] != BEFORE].sum() == layers["bytes"].sum() + prefetched * EXPERT_BYTES
     work = operations[operations["op"].isin(["gpu", "cpu"])]
     assert len(work) == layers["union"].sum()
     assert work["tokens"].sum() == layers["assignments"].sum()
@@ -254,7 +255,9 @@ def check_times(result: RunResult) -> None:
     read: dict[int, float] = {}
     for row in result.operations.itertuples(index=False):
         where = (row.step, row.layer, row.expert)
-        if row.op == "copy":
+        if row.step == BEFORE:
+            arrived[row.slot] = 0.0
+        elif row.op == "copy":
             start_s, end_s = times.get(("copy", *where)) or times["prefetch", *where]
             assert start_s >= read.get(row.slot, 0.0) - 1e-9
             arrived[row.slot] = end_s

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from sim.policies import EVICTION, PREFETCH, PolicyContext
+from sim.policies import EVICTION, PREFETCH, PolicyContext, PrefetchView
 from sim.policies.base import NEVER
 from tests.sim.hand import HandCosts, misses_by_step, run, trace_of
 
@@ -50,13 +52,32 @@ def test_belady_without_a_future_is_refused() -> None:
         EVICTION["belady"](CONTEXT)
 
 
+def expecting(layer: int, *named: list[int]) -> PrefetchView:
+    expected = [[(expert, 1) for expert in experts] for experts in named]
+    return PrefetchView(layer, layer, expected, lambda block: False, lambda hits, misses: 0.0, 1.0)
+
+
 def test_no_prefetch_wants_nothing() -> None:
-    assert [*PREFETCH["none"](CONTEXT).candidates(0, [[1, 2]])] == []
+    assert [*PREFETCH["none"](CONTEXT).candidates(expecting(0, [1, 2]))] == []
 
 
 def test_next_router_wants_the_next_layer_in_the_order_of_the_prediction() -> None:
-    assert [*PREFETCH["next-router"](CONTEXT).candidates(3, [[2, 0], [1]])] == [(4, 2), (4, 0)]
-    assert [*PREFETCH["next-router"](CONTEXT).candidates(3, [])] == []
+    policy, experts = PREFETCH["next-router"](CONTEXT), CONTEXT.experts
+    assert [*policy.candidates(expecting(3, [2, 0]))] == [4 * experts + 2, 4 * experts]
+    assert [*policy.candidates(expecting(3))] == []
+
+
+def test_next_router_looks_as_deep_and_as_wide_as_it_is_told() -> None:
+    policy = PREFETCH["next-router"](replace(CONTEXT, options={"depth": 2, "width": 1}))
+    assert type(policy).depth({"depth": 2}) == 2
+    experts = CONTEXT.experts
+    assert [*policy.candidates(expecting(0, [2, 0], [1]))] == [experts + 2, 2 * experts + 1]
+
+
+@pytest.mark.parametrize(("option", "rule"), [("depth", "depth must be from 1 to 3"), ("width", "width must be")])
+def test_next_router_refuses_a_depth_that_no_trace_has(option: str, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        PREFETCH["next-router"](replace(CONTEXT, options={option: -1}))
 
 
 # One layer, one expert a token, two slots. The same sequence of experts separates the policies.

@@ -108,7 +108,7 @@ def test_predictions_name_the_most_wanted_first() -> None:
     trace = trace_of([[[0], [0]]] * 3, experts=6, lookahead=[[[5, 2], []], [[2, 4], []], [[4], []]])
     trace.phase[:] = Phase.PREFILL
     (step,) = one_at_a_time(trace)
-    assert predictions_of(trace, 1)(step) == [[[2, 4, 5]], [[]]]
+    assert predictions_of(trace, 1)(step) == [[[(2, 2), (4, 2), (5, 1)]], [[]]]
     assert predictions_of(trace, 0)(step) == ()
 
 

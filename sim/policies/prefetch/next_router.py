@@ -1,24 +1,44 @@
-"""Prefetch what the next layer's router says of this layer's hidden state."""
+"""Prefetch what the next layers' routers say of this layer's hidden state."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from sim.policies.base import PrefetchPolicy
+from sim.policies.base import PolicyContext, PrefetchPolicy, PrefetchView
+
+MOST_AHEAD = 3
+"""Layers ahead for which traces hold what the routers would choose."""
+
+
+def check_depth(depth: Any) -> None:
+    """Raises ValueError for a depth that no trace has."""
+    if depth not in range(1, MOST_AHEAD + 1):
+        raise ValueError(f"depth must be from 1 to {MOST_AHEAD}, got {depth}")
 
 
 class NextRouter(PrefetchPolicy):
-    """Copies the experts that the next layer's router would choose for the hidden state at hand.
+    """Copies the experts that the next layers' routers would choose for the hidden state at hand, nearest layer first.
 
-    Source: Eliseev and Mazur, *Fast inference of Mixture-of-Experts language models with offloading* (arXiv
-    2312.17238), section 3.2, where it is called speculative expert loading; depth 1.
+    ``depth`` is how many layers it looks ahead, ``width`` how many experts of each it takes at most (0: all that are
+    named). Source: Eliseev and Mazur, *Fast inference of Mixture-of-Experts language models with offloading* (arXiv
+    2312.17238), section 3.2, where it is called speculative expert loading; depth 1 there.
     """
 
     name: ClassVar[str] = "next-router"
     needs: ClassVar[frozenset[str]] = frozenset({"lookahead"})
-    depth: ClassVar[int] = 1
+    defaults: ClassVar[Mapping[str, Any]] = {"depth": 1, "width": 0}
 
-    def candidates(self, layer: int, predictions: Sequence[Sequence[int]]) -> Sequence[tuple[int, int]]:
-        ahead = predictions[: self.depth]
-        return [(layer + 1 + distance, expert) for distance, experts in enumerate(ahead) for expert in experts]
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        check_depth(self.options["depth"])
+        if self.options["width"] < 0:
+            raise ValueError(f"width must be at least 0, got {self.options['width']}")
+
+    def candidates(self, view: PrefetchView) -> Sequence[int]:
+        experts, width = self.context.experts, self.options["width"] or None
+        return [
+            layer * experts + expert
+            for layer, named in enumerate(view.expected, view.layer + 1)
+            for expert, _ in named[:width]
+        ]

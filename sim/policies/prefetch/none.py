@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from sim.policies.base import PrefetchPolicy
+from sim.policies.base import PrefetchPolicy, PrefetchView
 
 
 class NoPrefetch(PrefetchPolicy):
@@ -13,5 +13,5 @@ class NoPrefetch(PrefetchPolicy):
 
     name: ClassVar[str] = "none"
 
-    def candidates(self, layer: int, predictions: Sequence[Sequence[int]]) -> Sequence[tuple[int, int]]:
+    def candidates(self, view: PrefetchView) -> Sequence[int]:
         return ()
