@@ -75,6 +75,7 @@ class RunInfo(BaseModel):
     trace_digest: str
     workload: dict[str, Any]
     costs: str = ""
+    memory: dict[str, int] = {}
     synthetic: bool = False
     software: dict[str, str] = {}
     notes: list[str] = []

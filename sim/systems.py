@@ -53,8 +53,8 @@ class SystemSpec(BaseModel):
     slots_by_layer: Literal["even", "miss-costs"] = Field(
         default="even", description="miss-costs: split over layers by what misses cost on a calibration trace"
     )
-    layers_held: NonNegativeInt = Field(
-        default=0, description="at most so many layers' worth of slots are used: 2 is a double buffer; 0: all"
+    holds: Literal["cache", "two layers", "nothing"] = Field(
+        default="cache", description="what of the slots is used: all as a cache, a double buffer, or none of them"
     )
     write_back: bool = Field(default=False, description="victims are copied back to the host, as a swap does")
     dense_follows: bool = Field(
@@ -77,6 +77,8 @@ class SystemSpec(BaseModel):
             for constant in constants:
                 if constant not in defaults:
                     raise _no_constant(kind, getattr(self, kind), constant, defaults)
+        if self.holds != "cache" and self.scope != "global":
+            raise InputError(f"scope must be global where a system holds {self.holds}, got {self.scope}")
         return self
 
     def policy(self, kind: str) -> type[Any]:

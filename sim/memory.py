@@ -1,0 +1,57 @@
+"""What a GPU's memory is given to: weights outside the experts, KV cache, staging slots, and the expert cache."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from sim.spec.model import ModelSpec
+from sim.systems import Budget
+
+
+class MemoryPlan(BaseModel):
+    """Bytes on the GPU, by purpose. The KV cache is that of ``lanes`` sequences of ``context`` tokens each.
+
+    Departure from a real program: what the framework itself takes, such as a CUDA context, is not counted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dense_bytes: int
+    kv_bytes: int
+    staging_bytes: int
+    experts_bytes: int
+    lanes: int
+    context: int
+
+    @classmethod
+    def of(cls, model: ModelSpec, budget: Budget, *, scope: str, lanes: int, context: int) -> MemoryPlan:
+        """The plan of a run of ``model`` under ``budget``."""
+        return cls(
+            dense_bytes=model.dense_bytes,
+            kv_bytes=kv_bytes(model, lanes, context),
+            staging_bytes=budget.staging * model.expert_bytes,
+            experts_bytes=budget.total(model.moe_layers, scope) * model.expert_bytes,
+            lanes=lanes,
+            context=context,
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.dense_bytes + self.kv_bytes + self.staging_bytes + self.experts_bytes
+
+    def told(self) -> str:
+        """The plan in one line, in GB."""
+        parts = {
+            "dense": self.dense_bytes,
+            f"KV of {self.lanes} x {self.context:,} tokens": self.kv_bytes,
+            "staging": self.staging_bytes,
+            "experts": self.experts_bytes,
+        }
+        told = " + ".join(f"{size / 1e9:.2f} {name}" for name, size in parts.items())
+        return f"{self.total_bytes / 1e9:.2f} GB = {told}"
+
+
+def kv_bytes(model: ModelSpec, lanes: int, context: int) -> int:
+    """Bytes of the KV cache of ``lanes`` sequences of ``context`` tokens."""
+    return lanes * context * model.kv_bytes_per_token

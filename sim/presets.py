@@ -1,0 +1,101 @@
+"""Published systems by name, and systems of a user's own from TOML files."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sim.spec.faults import first_fault
+from sim.systems import SystemSpec
+from traces.errors import InputError, unknown_name
+
+
+class Preset(BaseModel):
+    """A system, what it stands for, and what of its source it leaves out.
+
+    ``uncalibrated`` are the fields of the system that hold where no calibration trace is given.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    system: SystemSpec
+    summary: str = ""
+    source: str = ""
+    leaves_out: str = ""
+    uncalibrated: dict[str, Any] = Field(default_factory=dict)
+    sim_only: bool = Field(default=False, description="it needs what no real model here can give")
+    bound: bool = Field(default=False, description="it knows the future: nothing that could be built")
+    unlimited: bool = Field(default=False, description="it holds every expert, whatever the limit")
+
+    @property
+    def name(self) -> str:
+        return self.system.name
+
+    def fitted(self, *, calibrated: bool) -> tuple[SystemSpec, list[str]]:
+        """The system as it runs with or without a calibration trace, and what has to be told of that."""
+        if calibrated or not self.uncalibrated:
+            return self.system, []
+        told = ", ".join(f"{field} {value}" for field, value in self.uncalibrated.items())
+        note = f"{self.name} was given no calibration trace: {told} stands in"
+        return SystemSpec(**{**self.system.model_dump(), **self.uncalibrated}), [note]
+
+
+def preset_names() -> list[str]:
+    """Names of the published systems, in the order of the file."""
+    return list(_table())
+
+
+def preset(name: str) -> Preset:
+    """The published system called ``name``; raises :class:`InputError` with the near names when unknown."""
+    if name not in _table():
+        raise unknown_name("system", name, _table())
+    return _built(name, _table()[name], "presets.toml")
+
+
+def find_preset(name: str) -> Preset:
+    """A published system, or, when ``name`` ends in ``.toml``, the one that this file describes.
+
+    The file holds the fields of a preset at its top level; with ``like = "NAME"`` it takes over those that it leaves
+    out from the published system NAME. Policies in files of Python are sought beside it. Raises :class:`InputError`.
+    """
+    if not name.endswith(".toml"):
+        return preset(name)
+    path = Path(name)
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"system file must be readable, got {name} ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"system file must be TOML, got {name} ({error})") from error
+    like = fields.pop("like", None)
+    if like is not None:
+        if like not in _table():
+            raise InputError(f"{name}: {unknown_name('like', str(like), _table())}")
+        fields = {**_table()[like], **fields}
+    for kind in ("evict", "prefetch", "place"):
+        if isinstance(fields.get(kind), str) and ".py:" in fields[kind]:
+            fields[kind] = str(path.parent / fields[kind])
+    return _built(str(fields.pop("name", path.stem)), fields, name)
+
+
+def _built(name: str, fields: dict[str, Any], origin: str) -> Preset:
+    of_preset = Preset.model_fields.keys() - {"system"}
+    own = {field: value for field, value in fields.items() if field in of_preset}
+    of_system = {field: value for field, value in fields.items() if field not in of_preset}
+    for field in of_system:
+        if field not in SystemSpec.model_fields:
+            raise InputError(f"{origin}: {unknown_name('field', field, {*of_preset, *SystemSpec.model_fields})}")
+    try:
+        return Preset(system=SystemSpec(name=name, **of_system), **own)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {first_fault(error)}") from error
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(files("sim").joinpath("presets.toml").read_text(encoding="utf-8"))
