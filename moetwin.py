@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from typer.core import TyperCommand, TyperGroup
+USER_ERROR = 2
+INTERRUPTED = 130
+
+try:
+    import os
+    import platform
+    import re
+    from collections.abc import Iterator
+    from contextlib import contextmanager
+    from dataclasses import dataclass, field
+    from functools import partial
+    from importlib import import_module
+    from importlib.metadata import PackageNotFoundError, version
+    from pathlib import Path
+    from typing import TYPE_CHECKING, Annotated, Any
+
+    import typer
+    from typer.core import TyperCommand, TyperGroup
+except KeyboardInterrupt:  # these take a tenth of a second, and nothing below would catch it
+    print("error: interrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 if TYPE_CHECKING:  # a room is imported when one of its commands runs
     from real.decode import Machine
     from sim.costs import Costs
     from sim.systems import Budget, SystemSpec
+    from traces.known import KnownModel
     from traces.schema import Trace
 
-USER_ERROR = 2
-INTERRUPTED = 130
 DEMO = Path("moetwin-demo")
 
 _parser: Any = import_module(typer.BadParameter.__module__)
@@ -43,12 +52,18 @@ ENTRIES: dict[str, Entry] = {
     "trace": Entry(
         "traces.cli:app",
         "Look at, check, generate and record routing traces.",
-        {"record": Entry("real.cli:record", "Run a model on prompts, and write down what its routers chose.")},
+        {
+            "record": Entry("real.cli:record", "Run a model on prompts, and write down what its routers chose."),
+            "like": Entry("sim.cli_like:like", "Generate routing for any model that is like that of a recorded trace."),
+        },
     ),
     "models": Entry("sim.cli:models_app", "The catalogue of models: dimensions, bytes, and their sources."),
     "hardware": Entry("sim.cli:hardware_app", "The catalogue of machines: rates, fixed costs, and their sources."),
     "cache": Entry("analysis.cli_cache:app", "Replay a trace under cache policies, without a clock."),
-    "simulate": Entry("sim.cli_run:simulate", "Replay a trace in simulated time."),
+    "systems": Entry("sim.cli:systems_app", "Published systems: the policies that each one is made of."),
+    "simulate": Entry("analysis.cli_simulate:simulate", "Replay a trace in simulated time, under one system or many."),
+    "sweep": Entry("analysis.cli_sweep:app", "Run a grid of systems, machines and caches into one table, and plot it."),
+    "timeline": Entry("analysis.cli_timeline:timeline", "Write runs as a timeline for a trace viewer."),
     "decode": Entry("real.cli_run:decode", "Decode prompts for real, with only part of the experts on the device."),
     "calibrate": Entry("real.cli_run:calibrate", "Measure this machine, and write its hardware profile."),
     "demo": Entry("moetwin:demo", "Run the whole twin on the small model that ships, and write a report."),
@@ -66,10 +81,38 @@ def _load(entry: Entry, name: str) -> Any:
         group = typer.main.get_group(target)
         for extra, borrowed in entry.more.items():
             group.add_command(LazyCommand(borrowed, extra))
-        return group
+        return _strict(group)
     single = typer.Typer(add_completion=False)
     single.command(name)(target)
-    return typer.main.get_command(single)
+    return _strict(typer.main.get_command(single))
+
+
+EMPTY_MEANS_NONE = {"policies"}
+"""What may be given as an empty word: no policy of the registry, beside those of a file."""
+
+
+def _strict(command: Any) -> Any:
+    """Lets ``command``, and those below it, refuse an empty word before it becomes a path, or passes for none given."""
+    for one in command.params:
+        if one.name not in EMPTY_MEANS_NONE:
+            one.handle_parse_result = partial(_not_empty, one, one.handle_parse_result)
+    for below in getattr(command, "commands", {}).values():
+        _strict(below)
+    return command
+
+
+def _not_empty(one: Any, handle: Any, ctx: Any, given: Any, words: Any) -> Any:
+    value = given.get(one.name)
+    if "" in (value if isinstance(value, list | tuple) else [value]):
+        from traces.errors import InputError
+
+        raise InputError(f"{_field_of(one)} must hold something, got ''")
+    return handle(ctx, given, words)
+
+
+def _field_of(one: Any) -> str:
+    """What messages call an option or an argument."""
+    return str(max(one.opts, key=len).lstrip("-"))
 
 
 class LazyCommand(TyperCommand):
@@ -156,13 +199,33 @@ def _usage_message(error: Any) -> str:
         return str(unknown_name("option", error.option_name, known))
     one = getattr(error, "param", None)
     if one is not None:
-        field = max(one.opts, key=len).lstrip("-")
+        field = _field_of(one)
         if isinstance(error, _parser.MissingParameter):
             return f"{field} must be given, got nothing"
         if error.__cause__ is not None and hasattr(error.__cause__, "errors"):
             _, _, rule = first_fault(error.__cause__).partition(" must ")
             return f"{field} must {rule}"
-    return str(error.format_message()).rstrip(".")
+    if isinstance(error, _parser.BadOptionUsage):
+        return f"{error.option_name.lstrip('-')} must have a value, got none"
+    told = str(error.format_message()).rstrip(".")
+    extra = re.fullmatch(r"Got unexpected extra argument(?:s|\(s\))? \((.*)\)", told, re.DOTALL)
+    if extra is None:
+        return told
+    taken = [str(one.name).upper() for one in error.ctx.command.params if one.param_type_name == "argument"]
+    alone = f"{' and '.join(taken)} alone" if taken else "no words"
+    name = error.ctx.command_path.partition(" ")[2]
+    return f"{name} must be given {alone}, got {extra[1]!r} as well"
+
+
+def _known_models() -> dict[str, KnownModel]:
+    """The catalogue by name, for commands of rooms that do not know it."""
+    from sim.spec import catalogue
+    from traces.known import KnownModel
+
+    return {
+        name: KnownModel(one.moe_layers, one.experts, one.top_k, one.expert_bytes, one.expert_bits, one.dtype)
+        for name, one in ((name, catalogue.model(name)) for name in catalogue.model_names())
+    }
 
 
 app = typer.Typer(
@@ -170,7 +233,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "obj": _known_models},
 )
 
 

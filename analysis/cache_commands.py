@@ -13,7 +13,7 @@ import typer
 from analysis import cache_tables as tables
 from analysis import text
 from analysis.cache_curves import Curves, Unit, frame_rows, measure, settings_at, with_intervals
-from analysis.cache_options import Request, Session, capacities_of, one_of, phases_of
+from analysis.cache_options import Request, Session, capacities_of, name_of, one_of, phases_of
 from analysis.cache_progress import progress_bar
 from analysis.cache_study import cells, is_bound, run_all
 from analysis.shuffled import order_gain
@@ -55,7 +55,7 @@ def replay_trace(
     if out is not None and out.suffix in tables.TABLES:
         tables.write_rows(rows, out)
     elif out is not None:
-        _draw_policies(runs[0], wanted[0], request.seed, out, bound=bound)
+        _draw_policies(runs[0], wanted[0], request.seed, out, title=session.name, bound=bound)
     if as_json:
         tables.echo_rows(rows)
         return
@@ -63,11 +63,11 @@ def replay_trace(
     _say(out)
 
 
-def _draw_policies(replays: Sequence[Replay], phase: str, seed: int, out: Path, *, bound: bool) -> None:
+def _draw_policies(replays: Sequence[Replay], phase: str, seed: int, out: Path, *, title: str, bound: bool) -> None:
     from analysis.plots_cache import policies_at
 
     table = with_intervals(replays, phase, np.random.default_rng(seed))
-    tables.write_figure(policies_at(table, bound=bound), out)
+    tables.write_figure(policies_at(table, title, bound=bound), out)
 
 
 def _say(out: Path | None) -> None:
@@ -78,11 +78,13 @@ def _say(out: Path | None) -> None:
 def _title(session: Session) -> str:
     """What was replayed, and how: what a figure needs beside it to be compared with another."""
     feed, settings, header = session.feed, session.settings, session.feed.trace.header
+    batch = feed.plan.batch
+    groups = "sequences, one at a time" if batch == 1 else f"lock-step batches of {batch} sequences"
     pool = "one pool for all layers" if settings.scope == "global" else "a pool each layer"
     order = f" ({settings.order})" if settings.contract == "serial" else ""
     return (
-        f"{header.model}: {len(feed.trace):,} tokens in {len(feed.plan):,} passes of {feed.plan.groups:,} groups "
-        f"(batch {feed.plan.batch}), {header.layers} layers x {header.experts} experts, top-{header.top_k}\n"
+        f"{session.name}: {header.layers} layers x {header.experts} experts, top-{header.top_k}; "
+        f"{len(feed.trace):,} tokens in {len(feed.plan):,} passes, {feed.plan.groups:,} {groups}\n"
         f"{pool}, {settings.contract} contract{order}, cache {_CACHES[settings.sequences]}, "
         f"{feed.warmup_steps:,} passes of warm-up not counted, seed {settings.seed}"
     )
@@ -124,7 +126,7 @@ def draw_curves(
     if out is not None and out.suffix in tables.TABLES:
         tables.write_rows(rows, out)
     elif out is not None:
-        _draw_curves(found, exact, sampled, out)
+        _draw_curves(found, exact, sampled, out, session.name)
     if as_json:
         tables.echo_rows(rows)
         return
@@ -132,28 +134,37 @@ def draw_curves(
     _say(out)
 
 
-def _draw_curves(found: Curves, exact: pd.DataFrame | None, sampled: pd.DataFrame | None, out: Path) -> None:
+def _draw_curves(
+    found: Curves, exact: pd.DataFrame | None, sampled: pd.DataFrame | None, out: Path, title: str
+) -> None:
     from analysis.plots_cache import hit_curves, marks_of
 
     marks = marks_of(found.lines[0], phase=found.phase)
-    tables.write_figure(hit_curves(exact, sampled, marks), out)
+    tables.write_figure(hit_curves(exact, sampled, marks, title), out)
 
 
 def _print_curves(session: Session, found: Curves) -> None:
     console = tables.console()
     columns = {setting.capacity.label: found.at(place) for place, setting in enumerate(found.settings)}
     tables.print_lines(console, _title(session))
-    console.print(tables.curve_table(columns, [choice.name for choice in session.choices]))
-    for line in found.lines:
-        tables.print_lines(console, _knee(line, found.phase))
-        if line.note:
-            tables.print_lines(console, f"{line.policy}: {line.note}")
+    bound = all(line.exact for line in found.lines)
+    console.print(tables.curve_table(columns, [choice.name for choice in session.choices], bound=bound))
+    if found.lines:
+        knees = "; ".join(_knee(line, found.phase) for line in found.lines)
+        experts = session.feed.trace.header.experts
+        tables.print_lines(
+            console,
+            f"knees: {knees}",
+            f"beyond its knee a policy gains, on average, less than 1/{experts} of the hit "
+            "ratio from one more slot in every layer",
+        )
+    tables.print_lines(console, *(f"{line.policy}: {line.note}" for line in found.lines if line.note))
 
 
 def _knee(line: Curve, phase: str) -> str:
     place = line.knee(phase=phase)
-    amount = f"{line.capacities[place]:,} {line.unit} of a pool, {text.percent(line.shares()[place])} of all"
-    return f"knee of {line.policy}: {amount}; from there one more slot in every layer gains less than its even share"
+    share = text.percent(line.shares()[place])
+    return f"{line.policy} at {line.capacities[place]:,} {line.unit} of a pool ({share} of all)"
 
 
 def tell_locality(trace: str, *, contract: str, seed: int, as_json: bool, out: Path | None, force: bool) -> None:
@@ -161,7 +172,7 @@ def tell_locality(trace: str, *, contract: str, seed: int, as_json: bool, out: P
     judged = one_of("contract", contract, Contract)
     tables.check_out(out, tables.PLOTS, force=force)
     loaded = store.load(find_trace(trace))
-    rng = np.random.default_rng(seed)
+    rng, name = np.random.default_rng(seed), name_of(loaded, trace)
     with progress_bar(6 * loaded.header.layers, "windows, layer by layer") as progress:
         record = locality(loaded, rng=rng, progress=lambda done, total: progress("windows, layer by layer", 1))
     with progress_bar(2 * len(loaded), "LRU, as recorded and shuffled") as progress:
@@ -172,11 +183,11 @@ def tell_locality(trace: str, *, contract: str, seed: int, as_json: bool, out: P
     if out is not None:
         from analysis.plots_cache import locality as draw_locality
 
-        tables.write_figure(draw_locality(record), out)
+        tables.write_figure(draw_locality(record, name), out)
     if as_json:
         typer.echo(json.dumps(record, allow_nan=False))
     else:
-        tables.print_locality(record, loaded.header.model)
+        tables.print_locality(record, name)
         _say(out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -56,15 +57,18 @@ class Session:
     notes: list[str]
     calibration: Calibration | None
     settings: Settings  # but for the policy and its capacity
+    name: str  # of the model and of the trace, as a title has them
 
     @classmethod
     def of(cls, request: Request) -> Session:
         """Reads the traces and the policies; raises :class:`InputError` for whatever is wrong with them."""
         settings = _settings(request)
-        feed = Feed.of(store.load(find_trace(request.trace)), request.batch, request.warmup)
+        trace, changed = _read(request.trace)
+        feed = Feed.of(trace, request.batch, request.warmup)
         calibration = None
         if request.calibration is not None:
-            other = store.load(find_trace(request.calibration))
+            other, also = _read(request.calibration, "calibration")
+            changed += also
             calibration = TraceCalibration.of(other, feed.trace, request.batch)
         choices, notes = choose(
             feed,
@@ -74,7 +78,19 @@ class Session:
             calibration=calibration,
             strict=request.strict,
         )
-        return cls(feed, choices, notes, calibration, settings)
+        return cls(feed, choices, changed + notes, calibration, settings, name_of(feed.trace, request.trace))
+
+
+def _read(name: str, field: str = "trace") -> tuple[Trace, list[str]]:
+    """The trace, and what has to be told of it."""
+    path = find_trace(name, field)
+    trace = store.load(path)
+    return trace, store.notes_on(trace, path)
+
+
+def name_of(trace: Trace, given: str) -> str:
+    """The model and the trace, which was ``given`` as a path or by its name, for titles."""
+    return f"{trace.header.model}, trace {Path(given).name}"
 
 
 _UNSET = Capacity(1, "slots", "")

@@ -44,6 +44,7 @@ class Cell:
     best: str | None  # highest hit ratio by assignment of those that do not know the future
     alike: tuple[str, ...]  # not distinguishable from the best
     caveat: str | None
+    rivals: int = 0  # of the best: others that do not know the future
 
 
 def run_all(
@@ -98,7 +99,9 @@ def _cell(replays: Sequence[Replay], choices: Sequence[Choice], phase: str, rng:
     for place, row in enumerate(rows):
         row["not_distinguishable_from_best"] = True if place == best else verdicts.get(place)
     alike = tuple(choices[place].name for place, same in verdicts.items() if same)
-    return Cell(rows, None if best is None else choices[best].name, alike, caveat(found.sequences))
+    return Cell(
+        rows, None if best is None else choices[best].name, alike, caveat(found.sequences), max(len(fair) - 1, 0)
+    )
 
 
 def resampled(replays: Sequence[Replay], phase: str, rng: np.random.Generator) -> Resampled:
@@ -108,9 +111,9 @@ def resampled(replays: Sequence[Replay], phase: str, rng: np.random.Generator) -
 
 
 def _row(one: Replay, phase: str) -> dict[str, Any]:
-    row = one.row(phase)
-    tokens = tokens_of(one.feed, phase)
-    return row | {"tokens": tokens, "bytes_a_token": row["bytes_loaded"] / tokens}
+    row, tokens = one.row(phase), tokens_of(one.feed, phase)
+    size = row["bytes_loaded"]
+    return row | {"tokens": tokens, "bytes_a_token": None if size is None else size / tokens}
 
 
 def tokens_of(feed: Feed, phase: str) -> int:

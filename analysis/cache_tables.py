@@ -19,11 +19,17 @@ from rich.table import Table
 from analysis import text
 from analysis.cache_study import BOUND, Cell
 from sim.policies.base import EvictionPolicy
+from sim.replay.settings import UNSIZED
 from traces.errors import InputError
 from traces.store import check_target
 
-WIDE = 150
+WIDE = 170
 """Columns of a table that nobody sees in a terminal, so that it is not squeezed."""
+
+TWO_RANKINGS = (
+    "ranked by assignment (what tokens see); the gap is by union (what is loaded), and may rank policies otherwise"
+)
+"""What has to be told where a table or a plot holds both."""
 
 PLOTS = (".png", ".svg")
 TABLES = (".csv", ".parquet")
@@ -54,20 +60,24 @@ def replay_table(cells: Sequence[Cell], *, bound: bool, phases: bool, wide: bool
         table.add_column(name, vertical="bottom", no_wrap=name != "policy")
     for name in _NARROW + (_WIDE if wide else ()):
         table.add_column(name, justify="right", no_wrap=True)
-    for cell in cells:
+    for place, cell in enumerate(cells):
+        if place:
+            table.add_row()
         for row in sorted(cell.rows, key=lambda row: -row["hit_ratio_assignments"]):
-            names = [_policy(row, bound=bound), row["capacity"], row["phase"]][: 3 if phases else 2]
+            names = [_policy(row["policy"], bound=bound), row["capacity"], row["phase"]][: 3 if phases else 2]
             table.add_row(*names, *_narrow(row), *(_wide(row) if wide else ()))
-        table.add_section()
     return table
 
 
-_NARROW = ("hit ratio by\nassignment", "\n95% interval", "gap\nclosed", "union\nmisses", "bytes\na token")
-_WIDE = ("hit ratio\nby union", "compul-\nsory", "\ncapacity", "\ncollision", "\nregime", "accesses\na second")
+_NARROW = (
+    *("hit ratio by\nassignment", "\n95% interval", "hit ratio\nby union"),
+    *("gap closed\nby union", "union\nmisses", "bytes\na token"),
+)
+_WIDE = ("compulsory\nmisses", "capacity\nmisses", "collision\nmisses", "\nregime", "accesses\na second")
 
 
-def _policy(row: dict[str, Any], *, bound: bool) -> str:
-    return f"{row['policy']}, hit-rate bound" if row["policy"] == BOUND and bound else escape(row["policy"])
+def _policy(name: str, *, bound: bool) -> str:
+    return f"{name}, hit-rate bound" if name == BOUND and bound else escape(name)
 
 
 def _narrow(row: dict[str, Any]) -> list[str]:
@@ -75,15 +85,15 @@ def _narrow(row: dict[str, Any]) -> list[str]:
     return [
         ratio(row["hit_ratio_assignments"]),
         text.MISSING if low is None else f"{low:.4f} to {high:.4f}",
+        ratio(row["hit_ratio_union"]),
         text.MISSING if gap is None else text.percent(gap),
         f"{row['misses_union']:,}",
-        text.binary_bytes(row["bytes_a_token"]),
+        text.MISSING if row["bytes_a_token"] is None else text.binary_bytes(row["bytes_a_token"]),
     ]
 
 
 def _wide(row: dict[str, Any]) -> list[str]:
     return [
-        ratio(row["hit_ratio_union"]),
         *(f"{row[key]:,}" for key in ("compulsory_misses", "capacity_misses", "collision_misses")),
         f"{row['regime_mean']:.2f}",
         f"{text.number(row['accesses_per_s'] / 1e6)} M",
@@ -98,7 +108,7 @@ def print_replays(cells: Sequence[Cell], *, title: str, bound: bool, phases: boo
         table = replay_table(cells, bound=bound, phases=phases, wide=False)
     print_lines(out, title)
     out.print(table)
-    print_lines(out, *verdicts(cells, bound=bound))
+    print_lines(out, "", *verdicts(cells, bound=bound))
 
 
 def print_lines(out: Console, *lines: str) -> None:
@@ -114,17 +124,33 @@ def ratio(value: float | None) -> str:
 
 def verdicts(cells: Sequence[Cell], *, bound: bool) -> list[str]:
     """The sentences below the table: who is best, who cannot be told from it, and what to beware of."""
-    lines = [f"{_where(cell.rows[0])}: {_regime(cell)}{_verdict(cell)}" for cell in cells]
+    lines = [
+        f"{_where(cell.rows[0])}: {line}" for tell in (_verdict, _regime) for cell in cells if (line := tell(cell))
+    ]
     lines += dict.fromkeys(cell.caveat for cell in cells if cell.caveat)
     rows = [row for cell in cells for row in cell.rows]
+    if any(len(cell.rows) > 2 and cell.rows[0]["gap_closed"] is not None for cell in cells):
+        lines.append(TWO_RANKINGS)
+    if rows[0]["bytes_a_token"] is None:
+        lines.append(f"{text.MISSING} for bytes{UNSIZED}")
     if not bound and any(row["policy"] == BOUND for row in rows):
         lines.append(f"{BOUND} bounds nothing here, for experts differ in bytes")
+    if bound and any(_passed(cell) for cell in cells):
+        lines.append(
+            f"{BOUND} bounds the hits by union over all passes: by assignment, or in one phase, others may hit more"
+        )
     loads = {(row["policy"], row["capacity"]): row["static_load_bytes"] for row in rows if row["static_load_bytes"]}
     for (policy, capacity), size in loads.items():
         lines.append(
             f"{policy} at {capacity}: {text.binary_bytes(size)} loaded before the first pass, beside its misses"
         )
     return lines
+
+
+def _passed(cell: Cell) -> bool:
+    """Whether a policy hits more assignments than Belady."""
+    ratios = {row["policy"]: row["hit_ratio_assignments"] for row in cell.rows}
+    return BOUND in ratios and max(ratios.values()) > ratios[BOUND]
 
 
 def _where(row: dict[str, Any]) -> str:
@@ -138,12 +164,14 @@ def _regime(cell: Cell) -> str:
 
 def _verdict(cell: Cell) -> str:
     """Who is best, and who cannot be told from it; nothing where there is nobody to compare with."""
-    if cell.best is None or len(cell.rows) < 2:
+    if cell.best is None or not cell.rivals:
         return ""
-    best = f"; best without knowing the future: {cell.best}"
+    best = f"best by assignment without knowing the future: {cell.best}"
     if cell.rows[0]["hit_ratio_assignments_low"] is None:
         return best
-    return f"{best}; not distinguishable from it: {', '.join(cell.alike) or 'none'}"
+    if not cell.alike:
+        return f"{best}; all others are distinguishable from it"
+    return f"{best}; not distinguishable from it: {', '.join(cell.alike)}"
 
 
 def echo_rows(rows: Iterable[dict[str, Any]]) -> None:
@@ -187,20 +215,20 @@ def write_figure(figure: Any, path: Path) -> None:
     write_whole(path, lambda draft: figure.savefig(draft, dpi=160, facecolor=PAPER))
 
 
-def curve_table(columns: dict[str, dict[str, float]], policies: Sequence[str]) -> Table:
-    """Hit ratios by assignment: one line a policy, one column a capacity."""
+def curve_table(columns: dict[str, dict[str, float]], policies: Sequence[str], *, bound: bool) -> Table:
+    """Hit ratios by assignment: one line a policy, one column a capacity; ``bound`` says whether Belady is one."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("hit ratio by assignment")
     for label in columns:
         table.add_column(label, justify="right")
     for policy in policies:
-        table.add_row(escape(policy), *(ratio(found[policy]) for found in columns.values()))
+        table.add_row(_policy(policy, bound=bound), *(ratio(found[policy]) for found in columns.values()))
     return table
 
 
 def policy_row(name: str, kind: type[EvictionPolicy]) -> dict[str, Any]:
     """One registered policy as its class tells it, ready for JSON."""
-    words = " ".join((getdoc(kind) or "").split())
+    words = " ".join((getdoc(kind) or "").replace("``", "").split())
     source = re.search(r"Sources?: (.*?)\.( |$)", words)
     return {
         "policy": name,
@@ -224,41 +252,38 @@ def policy_table(rows: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
-def print_locality(record: dict[str, Any], model: str) -> None:
-    """The verdict, and the numbers that it rests on."""
+def print_locality(record: dict[str, Any], name: str) -> None:
+    """The verdict, and the numbers that it rests on; ``name`` is that of the model and the trace."""
     out = console()
-    out.print(f"{model}: {record['tokens']:,} tokens of {record['sequences']:,} sequences", markup=False)
+    print_lines(out, f"{name}: {record['tokens']:,} tokens of {record['sequences']:,} sequences")
     out.print(record["verdict"]["sentence"], markup=False, soft_wrap=True)
-    for table in (_overlaps(record), _segments(record), _sizes(record), _orders(record)):
-        out.print()
+    for title, table in (_overlaps(record), _segments(record), _sizes(record), _orders(record)):
+        print_lines(out, "", title)
         out.print(table)
 
 
-def _numbers(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+def _numbers(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name, justify="right", vertical="bottom")
     return table
 
 
-def _overlaps(record: dict[str, Any]) -> Table:
+def _overlaps(record: dict[str, Any]) -> tuple[str, Table]:
     overlap = record["overlap"]
-    table = _numbers(
-        "share of a token's experts that another token has too", "any two", "chance", *map("lag {}".format, _LAGS)
-    )
+    table = _numbers("any two", "chance", *map("lag {}".format, _LAGS))
     lags = {entry["lag"]: entry["mean"] for entry in overlap["lags"]}
     table.add_row(*map(ratio, (overlap["popularity"]["mean"], overlap["chance"], *(lags[lag] for lag in _LAGS))))
-    return table
+    return "share of a token's experts that another token has too", table
 
 
 _LAGS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def _segments(record: dict[str, Any]) -> Table:
+def _segments(record: dict[str, Any]) -> tuple[str, Table]:
     """SRP by window, with SCH at the capacities of the last table."""
     slots = [entry["capacity_slots"] for entry in record["lru"]]
     table = _numbers(
-        "best fixed set (SRP) and oracle (SCH) by window",
         "window",
         "SRP",
         "95% interval",
@@ -271,26 +296,24 @@ def _segments(record: dict[str, Any]) -> Table:
         size = text.number(entry["cache_size"]) if entry["cache_size"] is not None else text.MISSING
         oracle = (ratio(held[entry["window"], count]) for count in slots)
         table.add_row(str(entry["window"]), ratio(entry["srp"]), interval, size, *oracle)
-    return table
+    return "best fixed set (SRP), and hits of an oracle (SCH), by window in tokens", table
 
 
-def _sizes(record: dict[str, Any]) -> Table:
+def _sizes(record: dict[str, Any]) -> tuple[str, Table]:
     """Distinct experts by window and by batch, beside what uniform routing would need."""
-    table = _numbers("distinct experts", "tokens", "in a window", "in a batch", "if uniform")
+    table = _numbers("tokens", "in a window", "in a batch", "if uniform")
     batches = {entry["batch"]: entry["mean"] for entry in record["batch_union"]}
     for entry in record["working_set"]:
         found = (entry["mean"], batches.get(entry["window"]), entry["uniform"])
         if found[:2] == (None, None):
             continue
         table.add_row(str(entry["window"]), *(text.MISSING if n is None else f"{n:.1f}" for n in found))
-    return table
+    return "distinct experts a layer", table
 
 
-def _orders(record: dict[str, Any]) -> Table:
-    table = _numbers(
-        f"LRU, one token a pass, {record['contract']} contract", "slots", "as recorded", "shuffled", "order gives"
-    )
+def _orders(record: dict[str, Any]) -> tuple[str, Table]:
+    table = _numbers("slots a layer", "as recorded", "shuffled", "order gives")
     for entry in record["lru"]:
         values = (entry["hit_ratio"], entry["hit_ratio_shuffled"], entry["order_gain"])
         table.add_row(f"{entry['capacity_slots']} ({entry['capacity_share']:.1%})", *map(ratio, values))
-    return table
+    return f"hit ratio by assignment of LRU, one token a pass, {record['contract']} contract", table

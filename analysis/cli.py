@@ -21,6 +21,9 @@ from traces.errors import InputError
 from traces.schema import Trace
 from traces.store import load as load_trace
 
+ENDINGS = {"out": (".html", ".htm"), "perfetto": (".json",), "markdown": (".md",)}
+"""How the names of the files end, by what is written into them."""
+
 
 def compare(
     measured: Annotated[Path, typer.Argument(help="Result folder of the measured run.", show_default=False)],
@@ -78,6 +81,9 @@ def _check_targets(targets: dict[str, Path | None], *, force: bool) -> None:
         if path.absolute() in seen:
             raise InputError(f"{field} must be another file than {seen[path.absolute()]}, got {path}")
         seen[path.absolute()] = field
+    for field, path in targets.items():
+        if path is not None and path.suffix not in ENDINGS[field]:
+            raise InputError(f"{field} must end in {' or '.join(ENDINGS[field])}, got {path}")
 
 
 def _spare_inputs(targets: dict[str, Path | None], inputs: list[Path]) -> None:

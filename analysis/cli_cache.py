@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from traces.errors import unknown_name
+from traces.limits import MOST_BATCH
 from traces.shipped import SHIPPED_TRACES
 
 DEFAULT = "replay"
@@ -66,7 +67,7 @@ Order = Annotated[
     typer.Option(help="Of the serial contract: as-routed, ascending, or shuffled.", show_default="as-routed"),
 ]
 Sequences = Annotated[str, typer.Option(help="carry: the cache lives on across sequences; fresh: empty at each.")]
-Batch = Annotated[int, typer.Option(min=1, help="Sequences that run together, in lock-step.")]
+Batch = Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Sequences that run together, in lock-step.")]
 Warmup = Annotated[int, typer.Option(min=0, help="First passes that are replayed and not counted.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is drawn at random.")]
 CalibrationTrace = Annotated[

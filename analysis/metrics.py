@@ -88,6 +88,42 @@ def busy_shares(events: pd.DataFrame, span_s: float) -> dict[str, float]:
     return {str(name): ratio(covered_s(group["start_s"], group["end_s"]), span_s) for name, group in groups}
 
 
+def busy_within(events: pd.DataFrame, spans: npt.ArrayLike) -> dict[str, float]:
+    """Share of ``spans`` in which each resource of an events table was busy, by the resource's name.
+
+    ``spans`` [N, 2] are disjoint intervals (start_s, end_s); work counts as far as it lies within one.
+    """
+    within = np.asarray(spans, dtype=np.float64)
+    total_s = float((within[:, 1] - within[:, 0]).sum())
+    shares = {}
+    for name, group in events.groupby("resource", sort=True):
+        times_s, busy_s = _busy_until(group["start_s"].to_numpy(float), group["end_s"].to_numpy(float))
+        until = np.interp(within, times_s, busy_s)
+        shares[str(name)] = ratio(float((until[:, 1] - until[:, 0]).sum()), total_s)
+    return shares
+
+
+def _busy_until(starts: Floats, ends: Floats) -> tuple[Floats, Floats]:
+    """Times, and the seconds that the union of the intervals covers up to each: linear in between."""
+    order = np.argsort(starts, kind="stable")
+    begin, reach = starts[order], np.maximum.accumulate(ends[order])
+    first = np.concatenate(([True], begin[1:] > reach[:-1]))  # of a piece of the union
+    opens, closes = begin[first], reach[np.concatenate((first[1:], [True]))]
+    covered = np.cumsum(closes - opens)
+    return np.stack([opens, closes], axis=1).ravel(), np.stack([covered - (closes - opens), covered], axis=1).ravel()
+
+
+def waits(layers: pd.DataFrame) -> tuple[Floats, Floats]:
+    """The ``stall_s`` of each row of a layers table in two: what the CPU alone would have caused, and the rest.
+
+    Experts of the CPU that take longer than those of the GPU keep the layer waiting by the difference, whatever the
+    link does; all further waiting is for copies.
+    """
+    stall_s, gpu_s, cpu_s = (layers[name].to_numpy(float) for name in ("stall_s", "gpu_experts_s", "cpu_experts_s"))
+    for_cpu_s = np.minimum(stall_s, np.maximum(cpu_s - gpu_s, 0.0))
+    return for_cpu_s, stall_s - for_cpu_s
+
+
 def signed_errors(measured: npt.ArrayLike, simulated: npt.ArrayLike) -> Floats:
     """(simulated - measured) / measured for each token; raises InputError unless measured is above 0 everywhere."""
     base, guess = np.asarray(measured, dtype=np.float64), np.asarray(simulated, dtype=np.float64)

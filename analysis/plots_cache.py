@@ -53,22 +53,25 @@ MARKERS = "osD^v"
 LABELLED = (0.36, 0.7, 35)
 """Shares of the experts among which there is room for the name of a line, on either side: first, last, how many."""
 
-APART = 0.4
-"""Percentage points between the points of two policies at one capacity, so that each can be seen."""
-
 
 def hit_curves(
-    curves: pd.DataFrame, sampled: pd.DataFrame | None = None, marks: Mapping[str, float] | None = None
+    curves: pd.DataFrame,
+    sampled: pd.DataFrame | None = None,
+    marks: Mapping[str, float] | None = None,
+    title: str = "",
 ) -> Figure:
     """Hit ratio by assignment (%) against capacity (% of all experts): a line a curve, points for what was replayed.
 
-    Points of one capacity stand side by side, in the order of ``sampled``, the middle one where it belongs.
+    Points are hollow, so that those of policies that hit alike show through each other. Shares of capacities in bytes
+    are of the bytes of all experts. ``title`` names the model and the trace.
 
     ``curves`` are frames of ``sim.replay.curves.Curve`` of one scope, contract and phase; ``sampled`` has the same
     columns, and ``low`` and ``high`` where there are intervals. ``marks`` are capacities (shares of all experts) by
     what is written beside them, see :func:`marks_of`.
     """
-    figure, ax = axes(WIDE, 3.7, x=f"cache (% of all experts): {_setting(curves)}", y="hit ratio by assignment (%)")
+    whole = "all experts" if curves["capacity_slots"].notna().any() else "the bytes of all experts"
+    figure, ax = axes(WIDE, 3.7, x=f"cache (% of {whole}): {_setting(curves)}", y="hit ratio by assignment (%)")
+    _name_figure(figure, title)
     for row, (label, share) in enumerate(sorted((marks or {}).items(), key=lambda mark: (mark[1], mark[0]))):
         _mark(ax, label, share * 100, 3.0 + 6 * row)
     _draw_lines(ax, curves)
@@ -78,6 +81,12 @@ def hit_curves(
     ax.set_xlim(0, 100)
     ax.set_ylim(0, 100)
     return figure
+
+
+def _name_figure(figure: Figure, title: str) -> None:
+    """What a figure is of, above all its axes."""
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=TEXT_PT + 1, color=INK)
 
 
 def _mark(ax: Axes, label: str, percent: float, height: float) -> None:
@@ -104,7 +113,7 @@ def marks_of(curve: Curve, gain: float | None = None, phase: str = "all") -> dic
     experts, twice = curve.header.experts, min(2 * curve.header.top_k, curve.header.experts)
     knee = float(curve.shares()[curve.knee(gain, phase)])
     return {
-        f"2k: {twice} slots a layer": twice / experts,
+        f"2 x top-k: {twice} slots a layer": twice / experts,
         f"knee of {curve.policy}: {knee * experts:.3g} slots a layer": knee,
     }
 
@@ -156,16 +165,18 @@ def _places(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_points(ax: Axes, sampled: pd.DataFrame) -> None:
-    policies, cycle = sampled["policy"].nunique(), len(POINT_COLOURS)
+    cycle = len(POINT_COLOURS)
     for number, (name, rows) in enumerate(sampled.groupby("policy", sort=False)):
         share, ratios = _places(rows)
         ax.errorbar(
-            share * 100 + APART * (number - (policies - 1) / 2),
+            share * 100,
             ratios * 100,
             yerr=_reach(rows.sort_values("capacity_share")),
             fmt=MARKERS[(number + number // cycle) % len(MARKERS)],
             color=LINE_COLOURS.get(str(name), POINT_COLOURS[number % cycle]),
-            markersize=4.0,
+            markersize=5.0,
+            markerfacecolor="none",
+            markeredgewidth=1.2,
             elinewidth=1.0,
             label=str(name),
         )
@@ -179,19 +190,20 @@ def _reach(rows: pd.DataFrame) -> np.ndarray | None:
     return np.maximum(np.stack([middle - low, high - middle]) * 100, 0.0)
 
 
-def policies_at(table: pd.DataFrame, *, bound: bool = True) -> Figure:
+def policies_at(table: pd.DataFrame, title: str = "", *, bound: bool = True) -> Figure:
     """Policies at one capacity by hit ratio, best on top, and how much of the gap from lru to belady each closes.
 
     ``table`` has a row a policy with the columns of ``sim.replay.curves.points``, and ``low`` and ``high`` where there
-    are intervals. Equal ratios are in the order of names. ``bound`` is False where experts of unequal bytes share a
-    pool: belady is no bound there, and is not called one.
+    are intervals. Equal ratios are in the order of names. ``title`` names the model and the trace. ``bound`` is False
+    where experts of unequal bytes share a pool: belady is no bound there, and is not called one.
     """
     table = table.assign(gap=gap_closed(table["policy"], table["hit_ratio_union"])).sort_values(
         "policy", kind="stable", ascending=False
     )
     table = table.sort_values("hit_ratio_assignments", kind="stable", ignore_index=True)
     share = text.percent(float(table["capacity_share"].iloc[0]))
-    figure, ax = axes(WIDE, 0.27 * len(table) + 1.0, x=f"hit ratio by assignment (%), cache of {share} of all experts")
+    figure, ax = axes(WIDE, 0.27 * len(table) + 1.3, x=f"hit ratio by assignment (%), cache of {share} of all experts")
+    _name_figure(figure, title)
     ratios, rows = table["hit_ratio_assignments"].to_numpy(float) * 100, np.arange(len(table))
     for name in (LEAST, BOUND):
         for ratio in ratios[table["policy"] == name]:
@@ -201,7 +213,8 @@ def policies_at(table: pd.DataFrame, *, bound: bool = True) -> Figure:
     ax.scatter(ratios, rows, s=30, color=colours, zorder=3)
     ax.set_yticks(rows, [_line_label(name, True) if bound else name for name in table["policy"]])
     _write_gaps(ax, table)
-    ax.set_title(_setting(table), loc="left", fontsize=SMALL, color=MUTED)
+    ranked = "; ranked by assignment, the gap is by union" if len(table) > 2 and table["gap"].notna().any() else ""
+    ax.set_title(f"{_setting(table)}{ranked}", loc="left", fontsize=SMALL, color=MUTED)
     ax.set_ylim(-0.6, len(table) - 0.4)
     ax.tick_params(axis="y", length=0, labelsize=TEXT_PT)
     ax.grid(False, axis="y")
@@ -212,7 +225,9 @@ def _write_gaps(ax: Axes, table: pd.DataFrame) -> None:
     """A column to the right of the axes."""
     known = table["gap"].notna()
     if known.any():
-        ax.annotate("gap closed", (1.01, 1), xycoords="axes fraction", va="bottom", fontsize=SMALL, color=MUTED)
+        ax.annotate(
+            "gap closed\nby union", (1.01, 1), xycoords="axes fraction", va="bottom", fontsize=SMALL, color=MUTED
+        )
     for row in np.flatnonzero(known & ~table["policy"].isin((LEAST, BOUND))):
         ax.annotate(
             text.percent(float(table["gap"].iloc[row]), signed=True),
@@ -224,16 +239,17 @@ def _write_gaps(ax: Axes, table: pd.DataFrame) -> None:
         )
 
 
-def locality(record: Mapping[str, Any]) -> Figure:
+def locality(record: Mapping[str, Any], title: str = "") -> Figure:
     """Four looks at a trace, from the dict of ``traces.locality.locality``: what neighbours share, how many experts a
     window of one sequence and a batch of several need, and how well the best fixed set serves a window.
 
     Lines are means over the layers, bands go from the lowest to the highest layer, dashed lines are what uniform
-    routing gives.
+    routing gives. ``title`` names the model and the trace.
     """
     figure = Figure(figsize=(WIDE, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.patch.set_alpha(0.0)
+    _name_figure(figure, title)
     panels = figure.subplots(2, 2)
     for ax in panels.flat:
         clean(ax)
@@ -328,14 +344,16 @@ def _srp(ax: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
         if low is not None:
             ax.plot([entry["window"]] * 2, [low * 100, high * 100], color=MEASURED, linewidth=1.4)
         ax.annotate(
-            f"set of {entry['cache_size']:.1f}k",
+            f"{entry['cache_size']:.1f} x top-k",
             (entry["window"], entry["srp"] * 100),
-            xytext=(6, 5),
+            xytext=(0, 7),
             textcoords="offset points",
+            ha="center",
             fontsize=SMALL,
             color=INK,
         )
     x = [entry["window"] for entry in entries]
+    ax.set_title("beside the points: how many experts the set has", loc="left", fontsize=SMALL, color=MUTED)
     ax.plot(x, [entry["srp"] * 100 for entry in entries], color=MEASURED, linewidth=1.6, marker="o", markersize=4)
     _powers_of_two(ax, x or [1])
     ax.margins(x=0.2)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import text
@@ -120,12 +119,19 @@ def render_markdown(comparison: Comparison) -> str:
 
 
 def system_label(system: Mapping[str, Any]) -> str:
-    """The system in one line: its policies, and its switches where they are on."""
-    named = {key: value for key, value in system.items() if not isinstance(value, bool) and value not in (None, "none")}
-    policies = [f"{key} {value}" for key, value in named.items()]
-    switches = [key for key, value in system.items() if value is True]
-    return ", ".join([*policies, *switches]) or "default system"
+    """The system in one line: its name, its policies and their constants, and its switches where they are on."""
+    fields = {key: value for key, value in system.items() if key not in ("name", "options") and value not in UNSAID}
+    policies = [f"{key} {value}" for key, value in fields.items() if not isinstance(value, bool)]
+    constants = [
+        f"{kind}.{name} {value}" for kind, given in system.get("options", {}).items() for name, value in given.items()
+    ]
+    switches = [key for key, value in fields.items() if value is True]
+    told = ", ".join([*policies, *constants, *switches])
+    return ": ".join(part for part in (system.get("name"), told) if part) or "default system"
 
+
+UNSAID: tuple[Any, ...] = (None, "", "none", "even", "cache")
+"""Values of a system's fields that go without saying."""
 
 MOST_NOISE = 0.15
 """Noise of the repeats beyond which times are not worth judging."""
@@ -186,19 +192,16 @@ def _cards(comparison: Comparison, measured: RunResult, trace: Trace | None, fac
 
 
 def needed_bytes(run: RunResult, trace: Trace | None) -> float:
-    """Bytes of all experts: their number from the trace, their size from what the run copied (nan without a trace).
+    """Bytes of all experts: their number from the trace, their size from the run's header (nan without a trace).
 
-    The run's own copies count, since a trace can be replayed on a model whose experts have another size.
+    The run's own size counts, since a trace can be replayed on a model whose experts have another one.
     """
     if trace is None:
         return math.nan
-    sizes = pd.Series(trace.header.expert_bytes, dtype=float)
-    layers = run.layers.assign(demand=run.layers["misses"] - run.layers["cpu_experts"])
-    layers = layers[(layers["demand"] > 0) & (layers["bytes"] > 0)]
-    if len(layers):
-        seen = (layers["bytes"] / layers["demand"]).groupby(layers["layer"]).median()
-        sizes = seen.reindex(range(trace.header.layers)).fillna(seen.mean())
-    return float(sizes.sum() * trace.header.experts)
+    if not run.info.capacity_slots:
+        return float(sum(trace.header.expert_bytes) * trace.header.experts)
+    size_bytes = run.info.capacity_bytes / run.info.capacity_slots
+    return size_bytes * trace.header.layers * trace.header.experts
 
 
 def _badge(decisions: Decisions) -> tuple[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,30 @@ def to_perfetto(runs: Sequence[RunResult]) -> dict[str, Any]:
 
 def write_perfetto(path: Path, runs: Sequence[RunResult], *, force: bool = False) -> Path:
     """Writes :func:`to_perfetto` as a file, complete or not at all; an existing file needs ``force``."""
-    return write_text(path, json.dumps(to_perfetto(runs)), force=force)
+    return write_text(path, json.dumps(to_perfetto(runs), allow_nan=False), force=force)
+
+
+def cut(run: RunResult, steps: range) -> RunResult:
+    """The rows of ``run`` that belong to ``steps``; a prefetch belongs to the pass that asked for it."""
+    tables = {
+        name: table[(table["step"] >= steps.start) & (table["step"] < steps.stop)]
+        for name in ("tokens", "layers", "events", "operations")
+        for table in (getattr(run, name),)
+    }
+    return replace(run, **tables)
+
+
+def system_name(system: Mapping[str, Any]) -> str:
+    """A system in few words: its name, or such as ``lru + fetch + next-router``."""
+    if system.get("name"):
+        return str(system["name"])
+    policies = [system.get(kind, "none") for kind in ("evict", "place", "prefetch")]
+    named = [str(policy).rpartition(":")[2] for policy in policies if policy != "none"]
+    return " + ".join(named) or "default system"
 
 
 def _process(run: RunResult, pid: int) -> Iterator[dict[str, Any]]:
-    name = f"{run.info.source}: {run.info.model} on {run.info.hardware}"
+    name = f"{run.info.source}: {system_name(run.info.system)}, {run.info.model} on {run.info.hardware}"
     yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
     yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}
     tid = 0

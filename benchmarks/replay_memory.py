@@ -3,22 +3,23 @@
 The trace is made chunk by chunk and mapped; each policy replays it in a process of its own, which reports its peak of
 resident memory, what it had before, and the mapped bytes.
 
-    python -m benchmarks.replay_memory [--tokens 2100000]
+    python -m benchmarks.replay_memory [--tokens 2100000] [--out FILE.json]
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from analysis.files import check_file
+from benchmarks.evidence import keep
 from sim.replay import Capacity, Feed, Settings, replay
 from traces.schema import Trace, TraceHeader
 
@@ -52,7 +53,7 @@ def measure(path: Path, tokens: int, policy: str) -> dict[str, object]:
     trace = mapped(path, tokens)
     settings = Settings(policy, Capacity.slots("25%", trace.header, "layer"))
     result = replay(Feed.of(trace), settings)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_bytes = most_resident_bytes()
     row = result.row()
     return {
         "policy": policy,
@@ -65,21 +66,48 @@ def measure(path: Path, tokens: int, policy: str) -> dict[str, object]:
     }
 
 
+def most_resident_bytes() -> int:
+    """The peak of this process alone, as Linux tells it: what ``getrusage`` tells begins with that of its parent."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def main(
     tokens: Annotated[int, typer.Option(help="Tokens; each has 48 accesses.")] = 2_100_000,
     policies: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "lru,belady",
+    out: Annotated[Path | None, typer.Option(help="Also keep the figures in this .json file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that --out names.")] = False,
     only: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Prints one JSON object a policy."""
+    """Prints one line a policy: how long, and how much memory."""
     if only:
         typer.echo(json.dumps(measure(Path(only), tokens, policies)))
         return
+    if out is not None:
+        check_file(out, force=force)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ids"
         write_ids(path, tokens)
         for policy in policies.split(","):
-            command = [sys.executable, "-m", "benchmarks.replay_memory", "--tokens", str(tokens)]
-            subprocess.run([*command, "--policies", policy, "--only", str(path)], check=True)
+            rows.append(apart(path, tokens, policy))
+            typer.echo(line_of(rows[-1]))
+    if out is not None:
+        keep(out, ("numba",), force=force, tokens=tokens, policies=rows)
+
+
+def apart(path: Path, tokens: int, policy: str) -> dict[str, Any]:
+    """What :func:`measure` finds in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.replay_memory", "--tokens", str(tokens)]
+    words = [*command, "--policies", policy, "--only", str(path)]
+    row: dict[str, Any] = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
+    return row
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """What a person reads of a policy."""
+    accesses = f"{row['assignments'] / 1e6:.1f} M accesses in {row['seconds']:.1f} s"
+    return f"{row['policy']:8} {accesses}, {row['above_mapped_bytes'] / 2**20:.0f} MiB above the mapped file"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Where definitions differ: libCacheSim's Belady keeps every miss, which is ``bela
 what is needed last, and misses less.
 
     pip install -e ".[bench]"        # libCacheSim's wheel is GPL; nothing but this benchmark uses it
-    python -m benchmarks.replay_speed [--repeats 5] [--json]
+    python -m benchmarks.replay_speed [--repeats 5] [--json] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from analysis.files import check_file
+from benchmarks.evidence import keep
 from sim.replay import Capacity, Feed, Settings, replay
 from traces.schema import Array, Trace, TraceHeader
 
@@ -78,10 +81,8 @@ def process_s(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start_s, outcome
 
 
-def compare(policy: str, feed: Feed, path: Path, repeats: int) -> dict[str, Any]:
+def compare(policy: str, feed: Feed, path: Path, repeats: int, libcachesim: Any) -> dict[str, Any]:
     """Both on one policy, by turns: millions of accesses a second, their ratio, and the misses of either."""
-    import libcachesim
-
     settings = Settings(policy, Capacity.slots(str(SLOTS), feed.trace.header, "layer"))
     replay(feed, settings)  # what has to be compiled is compiled here
 
@@ -108,11 +109,17 @@ def main(
     repeats: Annotated[int, typer.Option(help="Runs of each; medians are printed.")] = 5,
     policies: Annotated[str, typer.Option(help="Policies, separated by commas.")] = ",".join(THEIRS),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also keep the figures in this .json file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that --out names.")] = False,
 ) -> None:
     """Prints POLICY RATIO for each policy, with the speed of either and whether they miss equally often."""
     unknown = [name for name in policies.split(",") if name not in THEIRS]
     if unknown:
         raise typer.BadParameter(f"must be among {', '.join(THEIRS)}, got {unknown[0]}", param_hint="policies")
+    if out is not None:
+        check_file(out, force=force)
+    libcachesim = their_package()
+    rows = []
     blocks = zipf(accesses, np.random.default_rng(0))
     feed = Feed.of(trace_of(blocks))
     feed.trace.digest  # noqa: B018  # kept by the trace; not part of a replay
@@ -120,8 +127,19 @@ def main(
         path = Path(folder) / "accesses.oracleGeneral"
         write_oracle(blocks, path)
         for policy in policies.split(","):
-            row = compare(policy, feed, path, repeats)
-            typer.echo(json.dumps(row) if as_json else line_of(row))
+            rows.append(compare(policy, feed, path, repeats, libcachesim))
+            typer.echo(json.dumps(rows[-1]) if as_json else line_of(rows[-1]))
+    if out is not None:
+        keep(out, ("numba", "libcachesim"), force=force, accesses=accesses, repeats=repeats, policies=rows)
+
+
+def their_package() -> Any:
+    """The module ``libcachesim``; leaves with one line and exit code 2 where it is not installed."""
+    try:
+        return import_module("libcachesim")
+    except ModuleNotFoundError:
+        typer.echo("error: libcachesim must be installed (pip install '.[bench]'), got none", err=True)
+        raise typer.Exit(2) from None
 
 
 def line_of(row: dict[str, Any]) -> str:

@@ -101,7 +101,7 @@ def by_events(workload: Workload, budget: Budget, costs: RooflineCosts) -> None:
     """The same run with a SimPy event for every copy and group of kernels, as prefetch and contention need it."""
     controller = build_controller(workload, SystemSpec(), budget, costs)
     engine = Engine(controller, costs, events=False, operations=False, closed_form=False)
-    engine.run(workload.steps, routings_of(workload), lambda step: ())
+    engine.run(workload.steps, routings_of(workload.trace), lambda step: ())
     engine.log.result(run_info("simulated", workload, controller, hardware=costs.hardware.name))
 
 

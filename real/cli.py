@@ -13,8 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from real.checks import check_temperature
+from real.models.names import SMALL_NAME, check_model
 from traces import store
 from traces.errors import InputError, unknown_name
+from traces.limits import MOST_BATCH
 from traces.prompts import SHIPPED_PROMPTS, Prompt, load_prompts
 from traces.schema import Phase, Trace
 
@@ -85,7 +88,7 @@ def record(
     domains: Domains = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="A longer prompt is cut here.")] = 128,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to decode for each prompt.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together, in lock-step.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Prompts decoded together, in lock-step.")] = 1,
     lookahead: Annotated[int, typer.Option(help="Layers whose choice is predicted from each layer; 0 for none.")] = 3,
     seed: Annotated[
         int, typer.Option(min=0, max=MOST_SEED, help="Of the sampling, when the temperature is above 0.")
@@ -134,15 +137,17 @@ def record_with(options: RecordOptions) -> Trace:
 
     On one thread, so that the order of sums, and with it the trace's digest, does not depend on the number of cores.
     """
+    check_temperature(options.temperature)
+    file = Path(options.prompts) if options.prompts else SHIPPED_PROMPTS
+    prompts = choose(load_prompts(file), options.domains or None)
+    check_model(options.model)
     import torch
 
     from real.generate import Sampler
-    from real.models.load import SMALL_NAME, dimensions, load
+    from real.models.load import dimensions, load
     from real.record import record as record_trace
 
     torch.set_num_threads(1)
-    file = Path(options.prompts) if options.prompts else SHIPPED_PROMPTS
-    prompts = choose(load_prompts(file), options.domains or None)
     sampler = Sampler(options.temperature, seed=options.seed)
     _check_lookahead(options.lookahead, dimensions(options.model).moe_layers)
     loaded = load(options.model)

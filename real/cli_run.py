@@ -13,19 +13,20 @@ from rich.console import Console
 
 from real.cli import MOST_SEED, Domains, choose
 from real.jobs import Generation, Limits, PromptJob, TraceJob
+from real.models.names import check_model
 from real.progress import bar, status
 from sim import options
+from sim.needs import check_causal
+from sim.presets import Preset
 from sim.results import RunResult, check_folder
-from sim.run import check_causal
 from sim.spec import ModelSpec, catalogue
-from sim.systems import SystemSpec
 from sim.target import DTYPE_OF
 from traces import prompts as prompt_files
 from traces import store
 from traces.errors import InputError, unknown_name
+from traces.limits import MOST_BATCH
 from traces.prompts import SHIPPED_PROMPTS, Prompt, load_prompts
 from traces.schema import Trace, TraceError
-from traces.shipped import find_trace
 
 if TYPE_CHECKING:  # torch and transformers are imported when a model is run, not to print a help text
     from real.decode import Machine
@@ -55,18 +56,22 @@ def decode(
     domains: Domains = None,
     routing: Routing = None,
     repeats: Repeats = 1,
-    evict: options.Evict = "lru",
+    system: options.System = None,
+    systems: options.Systems = None,
+    evict: options.Evict = None,
     calibration: options.Calibration = None,
-    place: options.Place = "fetch",
-    prefetch: options.Prefetch = "none",
-    scope: options.Scope = "layer",
+    place: options.Place = None,
+    prefetch: options.Prefetch = None,
+    policy_file: options.PolicyFile = None,
+    option: options.Option = None,
+    scope: options.Scope = None,
     cache: options.Cache = None,
     gpu_memory: options.GpuMemory = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to decode for each prompt.")] = 64,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="A longer prompt is cut here.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together, in lock-step.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Sequences decoded together, in lock-step.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of sampling, and of random weights.")] = 0,
     synchronous: options.Synchronous = False,
@@ -85,26 +90,35 @@ def decode(
 
       moetwin decode --routing mixed --evict belady --cache 8 --repeats 3 --out runs/belady
 
+      moetwin decode --routing mixed --systems mixtral-offloading,hybrimoe,ktransformers --calibration code --out runs
+
       moetwin decode --model olmoe-1b-7b --random-weights --routing mine.safetensors --gpu-memory 8GiB --dtype bf16
     """
-    system = options.system_of(evict=evict, place=place, prefetch=prefetch, scope=scope, synchronous=synchronous)
+    own = {"evict": evict, "place": place, "prefetch": prefetch, "scope": scope, "synchronous": synchronous}
+    chosen = options.chosen_systems(system, systems, policy_file or (), option or (), own)
     texts = _Texts(prompt, prompts, domains)
     recorded = _recorded(routing, texts, trace_out)
-    limits = Limits(batch, cache, gpu_memory, scope, options.calibration_of(calibration, recorded, batch))
+    fitted = options.calibration_of(calibration, recorded, batch)
+    limits = Limits(batch, cache, gpu_memory, fitted, together=systems is not None)
     if recorded is None:
-        _check_decoding(system, limits, repeats, random_weights)
-    outputs = _Outputs(out, trace_out, repeats, force)
+        _check_decoding(chosen, limits, repeats, random_weights)
+    outputs = _Outputs(out, trace_out, repeats, force, () if systems is None else tuple(one.name for one in chosen))
     job: TraceJob | PromptJob
     if recorded is not None:
-        job = TraceJob(recorded, system, limits, repeats)
+        job = TraceJob(recorded, chosen, limits, repeats)
     else:
         shown, full = not as_json and batch == 1, trace_out is not None
         generation = Generation(max_prompt_tokens, max_new_tokens, temperature, seed, shown, full)
-        job = PromptJob(texts.read(), system, limits, generation)
+        job = PromptJob(texts.read(), chosen[0], limits, generation)
     job.check(_dimensions(model, dtype, random_weights))
     with machine_of(model, dtype=dtype, device=device, random_weights=random_weights, seed=seed) as machine:
         runs, trace = job.run(machine)
-    options.show_run(runs[_fastest(runs)], as_json=as_json, **outputs.save(runs, trace))
+    told = outputs.save(runs, trace)
+    if systems is None:
+        options.show_run(runs[0][_fastest(runs[0])], as_json=as_json, **told)
+    else:
+        fastest = [repeated[_fastest(repeated)] for repeated in runs]
+        options.show_runs([(run.info.system["name"], run) for run in fastest], job.left_out, as_json=as_json)
 
 
 def calibrate(
@@ -129,6 +143,8 @@ def calibrate(
       moetwin calibrate --model olmoe-1b-7b --random-weights --dtype bf16 --device cuda --out h100.toml
     """
     store.check_target(out, force=force)
+    if out.suffix != ".toml":
+        raise InputError(f"out must end in .toml, as a profile is such a file, got {out}")
     with (
         machine_of(model, dtype=dtype, device=device, random_weights=random_weights, seed=seed) as machine,
         status("calibrating") as say,
@@ -146,6 +162,7 @@ def _dimensions(model: str, dtype: str, random_weights: bool) -> ModelSpec:
         raise unknown_name("dtype", dtype, set(DTYPE_OF.values()))
     if random_weights != (model == SMALL) and model in catalogue.model_names():
         return catalogue.model(model).in_dtype(dtype)  # at once, where transformers takes seconds to be imported
+    check_model(model, random_weights=random_weights)
     with status("loading"):
         from real.models.load import dimensions
 
@@ -157,6 +174,7 @@ def machine_of(
     model: str, *, dtype: str = "fp32", device: str = "auto", random_weights: bool = False, seed: int = 0
 ) -> Iterator[Machine]:
     """Loads a model on a device, with its experts on the host; the device is closed in the end."""
+    check_model(model, random_weights=random_weights)
     with status("loading"):
         from real.decode import Machine
         from real.device import open_device
@@ -173,45 +191,53 @@ def machine_of(
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Where the runs and the trace go; raises :class:`InputError` for what could not be written after the work."""
+    """Where the runs and the trace go; raises :class:`InputError` for what could not be written after the work.
+
+    ``systems`` are the names of the folders inside ``out`` where several systems run side by side.
+    """
 
     out: Path | None
     trace_out: Path | None
     repeats: int
     force: bool
+    systems: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.out is None and self.repeats > 1:
             raise InputError(f"out must be given for {self.repeats} repeats, which are written side by side, got none")
-        for folder in self.folders:
-            check_folder(folder, force=self.force)
-        after = self._folder(self.repeats + 1)
+        if self.systems and self.out is not None:
+            check_folder(self.out, force=self.force)
+            return
+        for number in range(1, self.repeats + 1):
+            if self.out is not None:
+                check_folder(_numbered(self.out, number), force=self.force)
+        after = None if self.out is None else _numbered(self.out, self.repeats + 1)
         if self.repeats > 1 and after is not None and after.exists():
             raise InputError(f"out must have no folder of more repeats beside it, got {after}, which exists")
         if self.trace_out is not None:
             self._check_trace_out(self.trace_out)
 
-    @property
-    def folders(self) -> list[Path]:
-        """One for each repeat: DIR, DIR-2, DIR-3 and so on."""
-        numbered = map(self._folder, range(1, self.repeats + 1))
-        return [folder for folder in numbered if folder is not None]
+    def save(self, runs: Sequence[Sequence[RunResult]], trace: Trace) -> dict[str, str]:
+        """Writes what was asked for: DIR, DIR-2, DIR-3 and so on, of several systems DIR/NAME, DIR/NAME-2 and so on.
 
-    def save(self, runs: Sequence[RunResult], trace: Trace) -> dict[str, str]:
-        """Writes what was asked for; returns what to tell of it."""
-        saved = [str(run.save(folder, force=self.force)) for run, folder in zip(runs, self.folders, strict=False)]
-        told = {"result": ", ".join(saved)} if saved else {}
-        if len(saved) > 1:
-            told["shown"] = f"{saved[_fastest(runs)]}, whose median token is the fastest of {len(saved)} repeats"
+        Returns what to tell of it.
+        """
+        saved = [self._save(repeated) for repeated in runs] if self.out is not None else []
+        told = {"result": ", ".join(saved[0])} if saved else {}
+        if saved and len(saved[0]) > 1:
+            told["shown"] = (
+                f"{saved[0][_fastest(runs[0])]}, whose median token is the fastest of {len(saved[0])} repeats"
+            )
         if self.trace_out is not None:
             told["trace"] = str(store.save(trace, self.trace_out, force=self.force))
         return told
 
-    def _folder(self, number: int) -> Path | None:
-        if self.out is None or number == 1:
-            return self.out
-        named = self.out if self.out.name not in ("", "..") else self.out.resolve()
-        return Path(f"{named}-{number}")
+    def _save(self, repeated: Sequence[RunResult]) -> list[str]:
+        assert self.out is not None, "only called where there is somewhere to write"
+        folder = self.out / repeated[0].info.system["name"] if self.systems else self.out
+        return [
+            str(run.save(_numbered(folder, number), force=self.force)) for number, run in enumerate(repeated, start=1)
+        ]
 
     def _check_trace_out(self, path: Path) -> None:
         try:
@@ -219,9 +245,18 @@ class _Outputs:
         except TraceError as error:
             raise InputError(f"trace-{error}") from error  # it speaks of out
         file = path.resolve()
-        for folder in (folder.resolve() for folder in self.folders):
+        folders = [] if self.out is None else [_numbered(self.out, number) for number in range(1, self.repeats + 1)]
+        for folder in (folder.resolve() for folder in folders):
             if folder == file or folder in file.parents or file in folder.parents:
                 raise InputError(f"trace-out must be apart from the folder of out, got {path}")
+
+
+def _numbered(folder: Path, number: int) -> Path:
+    """The folder of a repeat: DIR, DIR-2, DIR-3 and so on."""
+    if number == 1:
+        return folder
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return Path(f"{named}-{number}")
 
 
 def _fastest(runs: Sequence[RunResult]) -> int:
@@ -260,13 +295,17 @@ def _recorded(routing: str | None, texts: _Texts, trace_out: Path | None) -> Tra
         return None
     if texts.given or trace_out is not None:
         raise InputError("routing must be given without prompts, domains and trace-out, got both")
-    return store.load(find_trace(routing))
+    return options.read_trace(routing, "routing")
 
 
-def _check_decoding(system: SystemSpec, limits: Limits, repeats: int, random_weights: bool) -> None:
+def _check_decoding(systems: Sequence[Preset], limits: Limits, repeats: int, random_weights: bool) -> None:
     """Raises :class:`InputError` for what only a forced routing can have."""
     if random_weights:
         raise InputError("routing must be given with random-weights (they read no prompts), got none")
     if repeats > 1:
         raise InputError(f"repeats must be 1 without routing, got {repeats}")
-    check_causal(system, limits.calibration)
+    if len(systems) > 1:
+        raise InputError(f"routing must be given to run {len(systems)} systems side by side, got none")
+    if systems[0].sim_only:
+        raise InputError(f"system must be one that real models can run, got {systems[0].name}, which is simulated only")
+    check_causal(limits.fitted(systems[0])[0], limits.calibration)

@@ -73,9 +73,11 @@ class Lane:
 
 class CpuDevice(Device):
     """This CPU in the GPU's role: slots are ordinary buffers, a copy is a real memcpy on a thread of its own, and
-    GPU-role and CPU-role experts run on one thread each. Nothing is slept or faked; it is calibrated like any machine.
+    so is one back to the host, and GPU-role and CPU-role experts run on one thread each. Nothing is slept or faked; it
+    is calibrated like any machine.
 
-    One torch thread a role. Host and GPU role, which take turns, share a core; link and CPU pool get the next ones.
+    One torch thread a role. Host and GPU role, which take turns, share a core; link, CPU pool and the way back get the
+    next ones.
     """
 
     name = "cpu"
@@ -94,12 +96,13 @@ class CpuDevice(Device):
         self._host = threading.Condition(self.lock)
         self._wanted: Callable[[], bool] | None = None
         self._copies_ended = self._copies_seen = 0
-        cores = [self._cores[min(place, len(self._cores) - 1)] if self._pinned else None for place in range(3)]
+        cores = [self._cores[min(place, len(self._cores) - 1)] if self._pinned else None for place in range(4)]
         _pin_thread(cores[0])
-        self._gpu, self._link, self._cpu = (
-            Lane(self, *role) for role in zip(("gpu", "link", "cpu"), cores, strict=True)
-        )
-        self._lanes = (self._gpu, self._link, self._cpu)
+        self._gpu, self._link, self._cpu = self._lanes = [
+            Lane(self, *role) for role in zip(("gpu", "link", "cpu"), cores, strict=False)
+        ]
+        self._back: Lane | None = None  # made when it is first wanted: few systems write back
+        self._back_core = cores[-1]
 
     def now_s(self) -> float:
         return time.perf_counter() - self._base_s
@@ -118,6 +121,15 @@ class CpuDevice(Device):
     def copy(self, run: Callable[[], None], after: Sequence[Work], *, prefetch: bool = False) -> Work:
         work = Work("link", run, after)
         (self._link.second if prefetch else self._link.queue).append(work)
+        return work
+
+    def save(self, run: Callable[[], None], after: Sequence[Work]) -> Work:
+        work = Work("link-back", run, after)
+        if self._back is None:
+            with self.lock:
+                self._back = Lane(self, "link-back", self._back_core)
+                self._lanes.append(self._back)
+        self._back.queue.append(work)
         return work
 
     def cpu(self, run: Callable[[], None]) -> Work:

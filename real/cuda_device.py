@@ -29,8 +29,9 @@ class CudaWork(Work):
 
 
 class CudaDevice(Device):
-    """A CUDA GPU: compute on the current stream, demand copies and prefetches on one stream each, CPU experts on a
-    worker beside them. Events order a computation after its copy, and a copy after the last read of its slot."""
+    """A CUDA GPU: compute on the current stream, demand copies, prefetches and write-backs on one stream each, CPU
+    experts on a worker beside them. Events order a computation after its copy, and a copy after the last read of its
+    slot and what saves it."""
 
     name = "cuda"
     joins_layers = False
@@ -42,6 +43,7 @@ class CudaDevice(Device):
         least, greatest = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
         self._demand = torch.cuda.Stream(priority=greatest)
         self._prefetch = torch.cuda.Stream(priority=least)
+        self._back = torch.cuda.Stream(priority=least)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="moetwin-cpu")
         self._open: list[CudaWork] = []
         torch.cuda.synchronize()
@@ -66,6 +68,9 @@ class CudaDevice(Device):
 
     def copy(self, run: Callable[[], None], after: Sequence[Work], *, prefetch: bool = False) -> Work:
         return self._on(self._prefetch if prefetch else self._demand, "link", run, after)
+
+    def save(self, run: Callable[[], None], after: Sequence[Work]) -> Work:
+        return self._on(self._back, "link-back", run, after)
 
     def cpu(self, run: Callable[[], None]) -> Work:
         work = CudaWork("cpu", run)

@@ -16,9 +16,10 @@ from real.routing import Replay
 from real.store import DeviceSlots, HostStore
 from sim.controller import ExpertShape, OffloadController
 from sim.costs import Costs
+from sim.needs import check_causal
 from sim.policies.base import Calibration
 from sim.results import RunResult
-from sim.run import build_controller, check_causal, predicted_of, predictions_of, run_info
+from sim.run import build_controller, predicted_of, predictions_of, run_info
 from sim.systems import Budget, SystemSpec
 from traces.errors import InputError
 from traces.memory import check_free
@@ -99,6 +100,7 @@ def decode(
     system that has to know the future, and for more tokens than the model has positions.
     """
     check_causal(system, calibration)
+    check_host(budget)
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     loaded = machine.loaded
@@ -143,6 +145,7 @@ def replay(
     Every policy can run here, also those that know the future. Token ids beyond the model's vocabulary are wrapped
     round. Raises :class:`InputError` when trace and model do not fit each other.
     """
+    check_host(budget)
     trace, loaded = workload.trace, machine.loaded
     router = Replay(trace, loaded, device=machine.device.torch_device)
     controller = build_controller(workload, system, budget, costs, calibration)
@@ -165,6 +168,12 @@ def replay(
             device = machine.device.torch_device
             generate(loaded.model, ids.to(device), mask.to(device), forced_tokens=continuations, hooks=hooks)
     return _result(machine, executor, controller, workload)
+
+
+def check_host(budget: Budget) -> None:
+    """Raises :class:`InputError` for experts on a disk, from which this clock does not read."""
+    if budget.host_slots is not None:
+        raise InputError(f"host_slots must be left out of a measured run, got {budget.host_slots}")
 
 
 class _Guide:

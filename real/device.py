@@ -19,7 +19,7 @@ from traces.errors import InputError
 class Work:
     """Something submitted to a device. ``start_s`` and ``end_s`` hold once it is done; ``error`` says why it failed.
 
-    ``resource`` is what does it: "gpu", "link" or "cpu".
+    ``resource`` is what does it: "gpu", "link", "link-back" or "cpu".
     """
 
     __slots__ = ("after", "end_s", "error", "finished", "resource", "run", "start_s")
@@ -82,6 +82,10 @@ class Device(ABC):
     @abstractmethod
     def copy(self, run: Callable[[], None], after: Sequence[Work], *, prefetch: bool = False) -> Work:
         """A copy from host to device; demand copies go before prefetches that have not begun."""
+
+    @abstractmethod
+    def save(self, run: Callable[[], None], after: Sequence[Work]) -> Work:
+        """A copy from device to host, in order of submission and beside the copies to the device."""
 
     @abstractmethod
     def cpu(self, run: Callable[[], None]) -> Work:

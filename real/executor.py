@@ -68,11 +68,14 @@ class Executor:
         self._listeners = listeners
         self._synchronous = controller.system.synchronous
         self._depth = controller.system.lookahead_depth
+        self._prefetching = controller.system.prefetch != "none" and not self._synchronous
         self._predictions: Predictions = ()
         self._book = _StepBook()
         self._real: Tensor | None = None
         self._works: dict[int, Work] = {}
+        self._loads: dict[int, Work] = {}  # by slot: what has filled it last
         self._prefetches: list[_Prefetch] = []
+        self._saves: list[tuple[Operation, Work, LayerRecord]] = []
         self._layers: list[_Layer] = []
         self._record = LayerRecord(0, 0)
         self._step_mark: Any = None
@@ -104,7 +107,7 @@ class Executor:
         """Loads what the system wants to be there before the first step."""
         works = []
         for operation in self._controller.preload():
-            work = self._device.copy(partial(self.slots.load, operation.slot, operation.layer, operation.expert), [])
+            work = self._load(operation)
             works.append(work)
             self.log.operation(BEFORE, _as_taken(operation, work))
         self._device.wait(works)
@@ -125,6 +128,7 @@ class Executor:
         records = [self._resolve(layer) for layer in self._layers]
         self._layers.clear()
         self._poll()
+        self._note_saves()
         head = LayerRecord(self._book.index, len(records))
         self._event_at("gpu", "head", head, records[-1].end_s, end_s)
         step = self._book.end(next_tokens)
@@ -157,7 +161,7 @@ class Executor:
         record.plan = plan
         works = self._submit(plan, kernel, record)
         computed = [work for operation, work in works if operation.op != COPY]
-        self._device.wait(computed, self._pull if self._depth else None)
+        self._device.wait(computed, self._pull if self._prefetching else None)
         result = kernel.result()
         ended = self._device.mark()
         self._layers.append(_Layer(record, works, self._dense_mark, begun, ended))
@@ -177,36 +181,53 @@ class Executor:
         """Leaves the device with nothing to do: prefetches nobody waited for still end, unless the run has failed."""
         try:
             if not failed:
-                self._device.wait([one.work for one in self._prefetches])
+                self._device.wait([one.work for one in self._prefetches] + [work for _, work, _ in self._saves])
         finally:
             self._device.drain()
         if not failed:
             self._poll()
+            self._note_saves()
 
     def _submit(self, plan: LayerPlan, kernel: Kernel, record: LayerRecord) -> list[tuple[Operation, Work]]:
         """Hands a plan to the device: without waiting, or one operation after the other in synchronous mode."""
         self._promote(plan)
         works = []
         for operation in plan.operations:
-            if operation.op == EVICT:
+            if operation.op == EVICT and not operation.bytes:
                 self.log.operation(record.step, operation)
                 continue
             work = self._works[operation.id] = self._start(operation, kernel)
             self.log.operation(record.step, _as_taken(operation, work))
-            works.append((operation, work))
+            if operation.op != EVICT:
+                works.append((operation, work))
             if self._synchronous:
                 self._device.wait([work])
         self._pull()
         return works
 
     def _start(self, operation: Operation, kernel: Kernel) -> Work:
-        after = [self._works[earlier] for earlier in operation.after if earlier in self._works]
         if operation.op == GPU:
-            return self._device.gpu(partial(kernel.run, operation), after)
+            return self._device.gpu(partial(kernel.run, operation), self._awaited(operation))
         if operation.op == CPU:
             return self._device.cpu(kernel.on_cpu(operation))
+        return self._save(operation) if operation.op == EVICT else self._load(operation)
+
+    def _load(self, operation: Operation) -> Work:
+        """Starts a copy to the device."""
         load = partial(self.slots.load, operation.slot, operation.layer, operation.expert)
-        return self._device.copy(load, after)
+        work = self._device.copy(load, self._awaited(operation), prefetch=operation.prefetch)
+        self._loads[operation.slot] = work
+        return work
+
+    def _save(self, operation: Operation) -> Work:
+        """Starts a copy back to the host, which must not read a slot before it has been filled."""
+        slot, layer, expert = operation.slot, operation.layer, operation.expert
+        work = self._device.save(partial(self.slots.save, slot, layer, expert), [self._loads[slot]])
+        self._saves.append((operation, work, LayerRecord(self._record.step, layer)))
+        return work
+
+    def _awaited(self, operation: Operation) -> list[Work]:
+        return [self._works[earlier] for earlier in operation.after if earlier in self._works]
 
     def _promote(self, plan: LayerPlan) -> None:
         """Prefetches that this layer turns out to wait for need not stand back any longer."""
@@ -229,20 +250,30 @@ class Executor:
 
     def _pull(self) -> None:
         """Asks for prefetches while the link has room."""
-        if self._depth:
+        if self._prefetching:
             self._poll()
             while self._outstanding() < LINK_WINDOW and (operations := self._controller.next_transfer()):
                 for operation in operations:
-                    taken = self._prefetch(operation) if operation.op == COPY else operation
-                    self.log.operation(self._record.step, taken)
+                    self.log.operation(self._record.step, self._ahead(operation))
         self._device.flush()
 
-    def _prefetch(self, operation: Operation) -> Operation:
-        """Starts a prefetch, and returns it as the device took it."""
-        load = partial(self.slots.load, operation.slot, operation.layer, operation.expert)
-        work = self._works[operation.id] = self._device.copy(load, (), prefetch=True)
-        self._prefetches.append(_Prefetch(operation, work, LayerRecord(self._record.step, operation.layer)))
+    def _ahead(self, operation: Operation) -> Operation:
+        """Starts a prefetch, or the eviction that makes room for it, and returns it as the device took it."""
+        if operation.op == EVICT and not operation.bytes:
+            return operation
+        work = self._works[operation.id] = self._save(operation) if operation.op == EVICT else self._load(operation)
+        if operation.op == COPY:
+            self._prefetches.append(_Prefetch(operation, work, LayerRecord(self._record.step, operation.layer)))
         return _as_taken(operation, work)
+
+    def _note_saves(self) -> None:
+        """Writes down the write-backs that have ended."""
+        for operation, work, record in self._saves:
+            if work.error is not None:
+                raise work.error
+            if work.finished:
+                self._event("write-back", record, operation.expert, work)
+        self._saves = [one for one in self._saves if not one[1].finished]
 
     def _outstanding(self) -> int:
         """Copies submitted and not ended."""
@@ -278,7 +309,7 @@ class Executor:
         self.log.event(resource, kind, record, -1, start_s, end_s)
 
 
-_OP_ON = {"gpu": GPU, "cpu": CPU, "link": COPY}
+_OP_ON = {"gpu": GPU, "cpu": CPU, "link": COPY, "link-back": EVICT}
 
 
 class _Layer(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from real.checks import check_temperature
 from traces.errors import InputError
 from traces.schema import Phase
 
@@ -56,9 +57,8 @@ class Sampler:
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
-        """Raises :class:`InputError` for a negative temperature or a ``top_p`` outside (0, 1]."""
-        if not 0.0 <= temperature < float("inf"):
-            raise InputError(f"temperature must be at least 0 and finite, got {temperature}")
+        """Raises :class:`InputError` for a temperature that is none, or a ``top_p`` outside (0, 1]."""
+        check_temperature(temperature)
         if not 0.0 < top_p <= 1.0:
             raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
         self._temperature = temperature

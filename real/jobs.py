@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from real.checks import check_temperature
 from real.progress import bar, status
 from sim.costs import Costs, RooflineCosts
+from sim.needs import check_needs
+from sim.presets import Preset
 from sim.results import RunResult
-from sim.run import check_needs
 from sim.spec import ModelSpec, catalogue
 from sim.systems import Budget, SystemSpec
-from sim.target import budget_of, workload_of
+from sim.target import budget_of, lanes_of, workload_of
 from traces import prompts as prompt_files
+from traces.errors import InputError
 from traces.prompts import Prompt
 from traces.schema import Trace
 
@@ -27,22 +30,40 @@ if TYPE_CHECKING:  # torch and transformers are imported when a model is run, no
 
 class Limits:
     """The memory limit as it was asked for, to be worked out once the model and its longest sequence are known; and
-    the trace that policies are fitted to."""
+    the trace that policies are fitted to. ``together``: several systems get the same bytes, whatever their scope."""
 
     def __init__(
-        self, batch: int, cache: str | None, gpu_memory: str | None, scope: str, calibration: TraceCalibration | None
+        self,
+        batch: int,
+        cache: str | None,
+        gpu_memory: str | None,
+        calibration: TraceCalibration | None,
+        *,
+        together: bool = False,
     ) -> None:
-        self.batch, self.calibration = batch, calibration
-        self._given: dict[str, Any] = {"cache": cache, "gpu_memory": gpu_memory, "scope": scope}
+        self.batch, self.calibration, self._together = batch, calibration, together
+        self._given: dict[str, Any] = {"cache": cache, "gpu_memory": gpu_memory}
 
-    def budget(self, spec: ModelSpec, context: int) -> Budget:
-        """The slots beside a KV cache of ``context`` tokens in every lane."""
-        return budget_of(spec, lanes=self.batch, context=context, **self._given)
+    def budget(self, preset: Preset, spec: ModelSpec, lanes: int, context: int) -> Budget:
+        """The slots beside a KV cache of ``context`` tokens in each of ``lanes``."""
+        scope = preset.system.scope
+        measure = "layer" if self._together else scope
+        even = budget_of(spec, lanes=lanes, context=context, scope=measure, **self._given)
+        if measure != scope:
+            even = even.model_copy(update={"slots": even.slots * spec.moe_layers})
+        return preset.budget(even, layers=spec.moe_layers, experts=spec.experts, calibration=self.calibration)
+
+    def fitted(self, preset: Preset) -> tuple[SystemSpec, list[str]]:
+        """The system as it runs with the calibration there is, and what has to be told of that."""
+        return preset.fitted(calibrated=self.calibration is not None)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How prompts are continued, whether the text is shown as it grows, and whether the routing is recorded in full."""
+    """How prompts are continued, whether the text is shown as it grows, and whether the routing is recorded in full.
+
+    Raises :class:`InputError` for a temperature that is none.
+    """
 
     max_prompt_tokens: int
     max_new_tokens: int
@@ -51,8 +72,11 @@ class Generation:
     stream: bool
     full_trace: bool
 
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
     def sampler(self) -> Sampler:
-        """Raises :class:`InputError` for a temperature that is none."""
+        """What chooses the tokens."""
         with status("loading"):
             from real.generate import Sampler
 
@@ -60,43 +84,65 @@ class Generation:
 
 
 class TraceJob:
-    """A trace's routing, run ``repeats`` times."""
+    """A trace's routing, run ``repeats`` times under each of ``systems``."""
 
-    def __init__(self, trace: Trace, system: SystemSpec, limits: Limits, repeats: int) -> None:
-        self._trace, self._system, self._limits, self._repeats = trace, system, limits, repeats
+    def __init__(self, trace: Trace, systems: Sequence[Preset], limits: Limits, repeats: int) -> None:
+        self._trace, self._systems, self._limits, self._repeats = trace, [*systems], limits, repeats
+        self.left_out: dict[str, str] = {}
+        """Systems that cannot run here, and why."""
 
     def check(self, spec: ModelSpec) -> None:
-        """Raises :class:`InputError` for a trace or a limit that does not fit a model that has yet to be loaded."""
+        """Raises :class:`InputError` for a trace or a limit that does not fit a model that has yet to be loaded; of
+        several systems, those that cannot run are left out, unless none can."""
         workload, context = workload_of(self._trace, spec, self._limits.batch)
-        self._limits.budget(spec, context)
-        check_needs(workload.trace, self._system, self._limits.calibration)
+        for preset in [*self._systems]:
+            try:
+                if preset.sim_only:
+                    raise InputError(f"system must be one that real models can run, got {preset.name}, simulated only")
+                self._limits.budget(preset, spec, lanes_of(workload), context)
+                check_needs(workload.trace, self._limits.fitted(preset)[0], self._limits.calibration)
+            except InputError as error:
+                if len(self._systems) == 1:
+                    raise
+                self._systems.remove(preset)
+                self.left_out[preset.name] = str(error)
 
-    def run(self, machine: Machine) -> tuple[list[RunResult], Trace]:
+    def run(self, machine: Machine) -> tuple[list[list[RunResult]], Trace]:
+        """The repeats of every system; these take turns, so that a disturbance of the machine meets all of them."""
         from real.decode import replay
 
         spec, limits = machine.loaded.spec, self._limits
         workload, context = workload_of(self._trace, spec, limits.batch)
-        budget, costs = limits.budget(spec, context), rough_costs(spec)
-        with bar("replaying", self._repeats * len(workload)) as advance:
-            runs = [
-                replay(machine, workload, self._system, budget, costs, calibration=limits.calibration, progress=advance)
-                for _ in range(self._repeats)
-            ]
+        costs = rough_costs(spec)
+        runs: list[list[RunResult]] = [[] for _ in self._systems]
+        with bar("replaying", self._repeats * len(self._systems) * len(workload)) as advance:
+            for _ in range(self._repeats):
+                for preset, done in zip(self._systems, runs, strict=True):
+                    system, notes = limits.fitted(preset)
+                    budget = limits.budget(preset, spec, lanes_of(workload), context)
+                    run = replay(
+                        machine, workload, system, budget, costs, calibration=limits.calibration, progress=advance
+                    )
+                    done.append(_noted(run, notes))
         return runs, self._trace
 
 
 class PromptJob:
     """Prompts, and how they are continued."""
 
-    def __init__(self, texts: Sequence[Prompt], system: SystemSpec, limits: Limits, generation: Generation) -> None:
-        self._texts, self._system, self._limits, self._generation = texts, system, limits, generation
+    left_out: Mapping[str, str] = {}
+
+    def __init__(self, texts: Sequence[Prompt], preset: Preset, limits: Limits, generation: Generation) -> None:
+        self._texts, self._preset, self._limits, self._generation = texts, preset, limits, generation
+        self._lanes = min(limits.batch, len(texts))
 
     def check(self, spec: ModelSpec) -> None:
-        """Raises :class:`InputError` for a limit that does not even fit the shortest prompt, and for no temperature."""
-        self._limits.budget(spec, 1 + self._generation.max_new_tokens)
+        """Raises :class:`InputError` for a limit that does not even fit the shortest prompt."""
+        self._limits.budget(self._preset, spec, self._lanes, 1 + self._generation.max_new_tokens)
         self._sampler = self._generation.sampler()
 
-    def run(self, machine: Machine) -> tuple[list[RunResult], Trace]:
+    def run(self, machine: Machine) -> tuple[list[list[RunResult]], Trace]:
+        """One run of one system."""
         from real.decode import decode as decode_prompts
         from real.record import encode
 
@@ -105,11 +151,12 @@ class PromptJob:
         shown: dict[str, Any] = {}
         if generation.stream:
             shown = {"on_prompt": announce(machine, encoded), "on_text": lambda text: typer.echo(text, nl=False)}
+        system, notes = limits.fitted(self._preset)
         run, trace, _ = decode_prompts(
             machine,
             encoded,
-            self._system,
-            limits.budget(spec, max(map(len, encoded)) + generation.max_new_tokens),
+            system,
+            limits.budget(self._preset, spec, self._lanes, max(map(len, encoded)) + generation.max_new_tokens),
             rough_costs(spec),
             calibration=limits.calibration,
             batch=limits.batch,
@@ -123,7 +170,12 @@ class PromptJob:
         )
         if generation.stream:
             typer.echo()
-        return [run], trace
+        return [[_noted(run, notes)]], trace
+
+
+def _noted(run: RunResult, notes: list[str]) -> RunResult:
+    run.info = run.info.model_copy(update={"notes": [*notes, *run.info.notes]})
+    return run
 
 
 def rough_costs(spec: ModelSpec) -> Costs:

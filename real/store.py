@@ -97,6 +97,14 @@ class DeviceSlots:
             raise SlotError(f"slot {slot} must hold expert {expert} of layer {layer}, it holds {self._tags[slot]}")
         return self._views[slot]
 
+    def save(self, slot: int, layer: int, expert: int) -> None:
+        """Copies a slot back to where its expert came from, on the current stream or thread.
+
+        The bytes are those that are there already, as weights do not change. Raises :class:`SlotError` as :meth:`read`.
+        """
+        self.read(slot, layer, expert)
+        self._store.expert(layer, expert).copy_(self._flat[slot], non_blocking=True)
+
     def clear(self) -> None:
         """Forgets what the slots hold."""
         self._tags = [(ABSENT, ABSENT)] * len(self._tags)

@@ -1,4 +1,4 @@
-"""Sub-commands of the simulator: the catalogues of models and machines."""
+"""Sub-commands of the simulator: the catalogues of models, machines and systems."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sim.presets import find_preset, preset, preset_names
 from sim.spec import BITS_PER_WEIGHT, HardwareSpec, ModelSpec, catalogue
 from sim.spec.overrides import handy
+from sim.systems import KINDS
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Changes = Annotated[
@@ -21,6 +23,61 @@ models_app = typer.Typer(help="The catalogue of models: dimensions, bytes, and t
 hardware_app = typer.Typer(
     help="The catalogue of machines: rates, fixed costs, and their sources.", no_args_is_help=True
 )
+
+systems_app = typer.Typer(help="Published systems: the policies that each one is made of.", no_args_is_help=True)
+
+
+@systems_app.command("list")
+def list_systems(as_json: AsJson = False) -> None:
+    """List the published systems, and the policies that each one is made of.
+
+    Example: moetwin systems list
+    """
+    presets = [preset(name) for name in preset_names()]
+    if as_json:
+        _print_json([one.model_dump() for one in presets])
+        return
+    table = _table("system", "evict, place, prefetch", "what it is")
+    for one in presets:
+        system = one.system
+        pool = " (one pool)" if system.scope == "global" else ""
+        told = one.summary + (" (simulated only)" if one.sim_only else "")
+        table.add_row(one.name, f"{system.evict}{pool}, {system.place}, {system.prefetch}", told)
+    Console().print(table)
+
+
+@systems_app.command("show")
+def show_system(
+    name: Annotated[str, typer.Argument(help="A name of `moetwin systems list`, or a TOML file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what one system is made of, the constants of its policies, its source, and what it leaves out of that.
+
+    Examples:
+
+      moetwin systems show hybrimoe
+
+      moetwin systems show my_system.toml
+    """
+    found = find_preset(name)
+    system = found.system
+    constants = {
+        f"{kind}.{constant}": value
+        for kind in KINDS
+        for constant, value in {**system.policy(kind).defaults, **system.options_of(kind)}.items()
+    }
+    record = {**system.model_dump(exclude={"options"}), **found.model_dump(exclude={"system"}), "options": constants}
+    if as_json:
+        _print_json(record)
+        return
+    table = _table("field", "value")
+    for field, value in record.items():
+        if isinstance(value, dict):
+            for constant, number in value.items():
+                table.add_row(f"{field} {constant}", _shown(number))
+        else:
+            table.add_row(field, _shown(value))
+    Console().print(table)
 
 
 @models_app.command("list")

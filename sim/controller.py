@@ -7,21 +7,23 @@ reports arrivals of prefetched experts with :meth:`~OffloadController.on_arrival
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
-from sim.cache import ExpertCache, Verdict
-from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation, operation_of
-from sim.policies import EvictionPolicy, LayerView, PolicyContext
+from sim.cache import ExpertCache
+from sim.draft import Draft
+from sim.host_memory import HostMemory
+from sim.plan import LayerPlan, Operation
+from sim.policies import LayerView, PolicyContext
 from sim.policies.base import Assignment, Calibration, Future, Policy, PrefetchView
 from sim.policies.place.split import makespan_s, split
 from sim.systems import Budget, SystemSpec
 from traces.workload import Routing
 
 NOTHING: list[int] = []
-"""The CPU's experts where the placement does not use it."""
+"""The experts of a device that has none of them."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class OffloadController:
         self.cache = ExpertCache(
             shape.layers, shape.experts, budget.by_layer or budget.slots, shared=shared, staging=budget.staging
         )
+        self._context = context
         self._evict = system.eviction(context)
         self._place = system.placement(context)
         self._prefetch = system.prefetching(context)
@@ -89,7 +92,13 @@ class OffloadController:
         self._hear_uses = [one for one in told if _hears(one, "observe")]
         self._looks_ahead = system.prefetch != "none" and not system.synchronous
         self._predicted = predicted
-        self._draft = _Draft(self.cache, self._evict, shape, write_back=system.write_back)
+        held = budget.host_slots
+        memory = HostMemory(held) if held is not None and held < context.blocks else None
+        self.reads_disk = memory is not None
+        """Whether some experts are on a disk, for the host's memory does not hold them all."""
+        self.layers_on_cpu: frozenset[int] = frozenset()
+        """Layers that run on the CPU as a whole, dense part included; known after :meth:`preload`."""
+        self._draft = Draft(self.cache, self._evict, shape.expert_bytes, write_back=system.write_back, memory=memory)
         self._layer_s = lru_cache(maxsize=8192)(self._scheduled_s)
         self.fallbacks = 0
         """Layers in which one device alone was quicker than the placement's own schedule."""
@@ -98,8 +107,26 @@ class OffloadController:
         self._protected: set[int] = set()
 
     def preload(self) -> list[Operation]:
-        """What is loaded before the first step, as the eviction policy wants it: copies, which nothing waits for."""
-        return self._draft.preload(self._evict.preload())
+        """What is loaded before the first step: copies, which nothing waits for."""
+        blocks = self._first_blocks() if self.system.starts_with else self._evict.preload()
+        if self.system.dense_follows:
+            on_gpu = {block // self.shape.experts for block in blocks}
+            self.layers_on_cpu = frozenset(range(self.shape.layers)) - on_gpu
+        return self._draft.preload(blocks)
+
+    def _first_blocks(self) -> list[int]:
+        """The set that fills the cache before a policy that did not choose it takes over."""
+        layers, experts = self.shape.layers, self.shape.experts
+        sizes = self.budget.by_layer or (self.budget.slots,) * layers
+        sets = {size: self._set_of(size) for size in set(sizes)}
+        chosen = [block for block in range(layers * experts) if block in sets[sizes[block // experts]]]
+        for block in chosen:
+            self._evict.admit(block)
+        return chosen
+
+    def _set_of(self, slots: int) -> frozenset[int]:
+        policy = self.system.first_set(replace(self._context, capacity=slots))
+        return frozenset(policy.preload() if policy else ())
 
     def begin_step(self, step: int, *, new_batch: bool = False) -> None:
         """A forward pass begins; ``step`` counts them over the run. ``new_batch``: none of its sequences ran before."""
@@ -114,7 +141,9 @@ class OffloadController:
         load = self._take_in(layer, routing)
         parts = hits, late, missing = self.cache.look_up(self._event, load)
         assigned = None
-        if self._place.uses_cpu and (missing or self._place.takes_hits):
+        if layer in self.layers_on_cpu:
+            on_cpu, on_gpu, fetched = [*load], NOTHING, NOTHING
+        elif self._place.uses_cpu and (missing or self._place.takes_hits):
             assigned = self._assign(layer, load, parts)
             base = layer * self.shape.experts
             on_cpu, on_gpu, fetched = ([base + one for one in part] for part in assigned[0][:3])
@@ -210,9 +239,11 @@ class OffloadController:
     def _arrivals(self, late: list[int]) -> tuple[tuple[float, ...], float]:
         """By when each of ``late`` is there, and the link free for copies: what began first is brought to its end, and
         what is waited for goes before new copies, in the order in which it was asked for."""
+        copy_s = self._predicted.copy_s
+        if not late:
+            return (), copy_s
         begun = next(iter(self.cache.in_flight))
         queue = [block for block in self.cache.in_flight if block == begun or block in late]
-        copy_s = self._predicted.copy_s
         return tuple([(queue.index(block) + 1) * copy_s for block in late]), len(queue) * copy_s
 
     def _look_ahead(
@@ -238,8 +269,9 @@ class OffloadController:
         )
         wanted = self._prefetch.candidates(view)
         self._wanted = [*wanted][::-1]
-        named = (base * experts + expert for base, chosen in enumerate(ahead, layer + 1) for expert, _ in chosen)
-        self._protected = {*load, *wanted, *named}
+        self._protected = {*load, *wanted}
+        for base, named in enumerate(ahead, layer + 1):
+            self._protected.update([base * experts + expert for expert, _ in named])
 
     def _times(
         self,
@@ -277,9 +309,8 @@ class OffloadController:
         cache = self.cache
         if cache.free_slots(layer):
             return -1
-        spare = [
-            block for block in cache.residents(layer) if block not in cache.in_flight and block not in self._protected
-        ]
+        needed = self._protected | cache.in_flight.keys()
+        spare = [block for block in cache.residents(layer) if block not in needed]
         return cache.weakest(spare, self._evict)[0] if spare else None
 
 
@@ -289,142 +320,3 @@ def _hears(policy: Policy, hook: str) -> bool:
 
 
 _plan_of: Callable[[tuple[Any, ...]], LayerPlan] = partial(tuple.__new__, LayerPlan)
-
-
-class _Draft:
-    """Numbers operations, puts those of one layer in order, and enters them into the cache's book."""
-
-    def __init__(self, cache: ExpertCache, evict: EvictionPolicy, shape: ExpertShape, *, write_back: bool) -> None:
-        self._cache, self._evict, self._experts, self._bytes = cache, evict, shape.experts, shape.expert_bytes
-        self._written_bytes = shape.expert_bytes if write_back else 0
-        self._saved_by: dict[int, int] = {}  # by slot: the operation that saves what it held
-        self._tells = type(evict).admit is not EvictionPolicy.admit  # most policies do not listen
-        self._number = 0
-        self.begin(0, {})
-
-    def begin(self, layer: int, load: dict[int, int]) -> None:
-        """Starts the plan of ``layer``, whose blocks get ``load[block]`` tokens."""
-        self._layer, self._load, self._base = layer, load, layer * self._experts
-        self.operations: list[Operation] = []
-
-    def preload(self, blocks: Iterable[int]) -> list[Operation]:
-        """Copies of ``blocks`` to free slots."""
-        operations = []
-        for block in blocks:
-            layer = block // self._experts
-            self.begin(layer, {})
-            self._admit((block,))
-            operations += self.operations
-        return operations
-
-    def cpu(self, blocks: Sequence[int]) -> None:
-        """Experts that the CPU computes, in its order: a resident one stays, another is used without being kept."""
-        for number, block in enumerate(blocks, self._number + 1):
-            fields = (number, CPU, self._layer, block - self._base, -1, self._load[block], 0, (), False)
-            self.operations.append(operation_of(fields))
-            if self._cache.slot_of[block] < 0:
-                self._evict.forget(block)
-        self._number += len(blocks)
-
-    def gpu(self, blocks: Sequence[int], copies: Mapping[int, int]) -> None:
-        """Experts in their slots; ``copies`` names the operations that bring those which are not there yet."""
-        layer, base, load, slot_of = self._layer, self._base, self._load, self._cache.slot_of
-        add = self.operations.append
-        for number, block in enumerate(blocks, self._number + 1):
-            after = (copies[block],) if block in copies else ()
-            add(operation_of((number, GPU, layer, block - base, slot_of[block], load[block], 0, after, False)))
-        self._number += len(blocks)
-
-    def fetch(self, blocks: list[int], verdict: Verdict) -> None:
-        """The GPU's experts in its order, after copies of those that are missing; these need nothing first."""
-        admitted, streamed, victims, leaving = verdict
-        self._drop(victims)
-        if leaving or streamed:
-            self._fetch_crowded(blocks, verdict)
-        else:
-            copies = self._admit(admitted)
-            if self._cache.in_flight:
-                copies |= self._cache.in_flight
-            self.gpu(blocks, copies)
-        if self._tells:
-            for block in sorted(admitted):
-                self._evict.admit(block)
-
-    def _fetch_crowded(self, blocks: list[int], verdict: Verdict) -> None:
-        """The same where not all of the layer's experts can be kept: what is there, then what arrives, as it arrives.
-
-        Some are streamed through the staging slots, and residents may leave once they have been read.
-        """
-        admitted, streamed, _, leaving = verdict
-        ready = [block for block in blocks if self._cache.slot_of[block] >= 0]
-        self._drop([block for block in leaving if block not in ready])  # the CPU computes them from the host's copy
-        leaving = [block for block in leaving if block in ready]
-        at_once = len(admitted) - len(leaving)
-        copies = self._admit(admitted[:at_once])
-        for block, slot in zip(streamed, self._cache.staging, strict=False):
-            copies[block] = self._copy(block, slot)
-        self.gpu(ready, self._cache.in_flight)
-        if leaving:
-            copies |= self._swap(leaving, admitted[at_once:])
-        self.gpu(admitted, copies)
-        self._stream(streamed, copies)
-
-    def prefetch(self, layer: int, block: int, victim: int) -> tuple[Operation, ...]:
-        """The copy of ``block``, after the eviction of ``victim`` unless that is -1."""
-        self.begin(layer, {})
-        self._drop(() if victim < 0 else (victim,))
-        number = self._copy(block, self._cache.insert(block))
-        self._cache.in_flight[block] = number
-        self._evict.admit(block)
-        *evictions, copy = self.operations
-        return (*evictions, copy._replace(prefetch=True))
-
-    def _swap(self, leaving: Sequence[int], arriving: Sequence[int]) -> dict[int, int]:
-        """Residents that leave once they have been read: each gives its slot to one of ``arriving``."""
-        reads = {self._base + one.expert: one.id for one in self.operations if one.op == GPU}
-        copies = {}
-        for leaver, block in zip(leaving, arriving, strict=True):
-            self._drop((leaver,))
-            copies[block] = self._copy(block, self._cache.insert(block), (reads[leaver],))
-        return copies
-
-    def _stream(self, streamed: Sequence[int], copies: dict[int, int]) -> None:
-        """Experts that are not kept pass through the staging slots, each copy after the read of its predecessor."""
-        staging = self._cache.staging
-        for index, block in enumerate(streamed):
-            slot = staging[index % len(staging)]
-            self._number = number = self._number + 1
-            fields = (number, GPU, self._layer, block - self._base, slot, self._load[block], 0, (copies[block],), False)
-            self.operations.append(operation_of(fields))
-            self._evict.forget(block)
-            if index + len(staging) < len(streamed):
-                follower = streamed[index + len(staging)]
-                copies[follower] = self._copy(follower, slot, (number,))
-
-    def _admit(self, blocks: Iterable[int]) -> dict[int, int]:
-        """Gives ``blocks`` free slots, and returns the operations that copy them there."""
-        insert, copy, copies = self._cache.insert, self._copy, {}
-        for block in blocks:
-            copies[block] = copy(block, insert(block))
-        return copies
-
-    def _copy(self, block: int, slot: int, after: tuple[int, ...] = ()) -> int:
-        self._number = number = self._number + 1
-        if slot in self._saved_by:
-            after = (*after, self._saved_by.pop(slot))
-        fields = (number, COPY, self._layer, block - self._base, slot, 0, self._bytes, after, False)
-        self.operations.append(operation_of(fields))
-        return number
-
-    def _drop(self, blocks: Sequence[int]) -> None:
-        """Removes ``blocks``, which may be other layers', from the cache; what is written back keeps its slot busy."""
-        remove, forget, experts, size_bytes = self._cache.remove, self._evict.forget, self._experts, self._written_bytes
-        add = self.operations.append
-        for number, block in enumerate(blocks, self._number + 1):
-            layer, expert = divmod(block, experts)
-            slot = remove(block)
-            add(operation_of((number, EVICT, layer, expert, slot, 0, size_bytes, (), False)))
-            if size_bytes:
-                self._saved_by[slot] = number
-            forget(block)
-        self._number += len(blocks)

@@ -10,9 +10,6 @@ from sim.spec.hardware import HardwareSpec, HostSpec
 from sim.spec.model import ModelSpec
 from traces.errors import InputError
 
-SHARERS = frozenset({"cpu", "link"})
-"""Resources that draw on the host's memory."""
-
 DENSE_KERNELS, EXPERT_KERNELS = 12, 3
 """Kernels of a layer outside its experts, and of one expert [I]: counted from the modules' code."""
 
@@ -22,16 +19,27 @@ class Costs(Protocol):
 
     name: str
     host: HostSpec
+    chunk_bytes: int
+    """Bytes of a copy after which a demand overtakes a prefetch; 0: copies are whole."""
 
     @property
     def notes(self) -> list[str]:
         """What is doubtful about the answers given so far, one sentence each."""
 
-    def dense_s(self, tokens: int, context: int) -> float:
-        """One layer outside its routed experts: attention over ``context`` tokens, norms, router, shared experts."""
+    def dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
+        """One layer outside its routed experts on the GPU: attention, norms, router, shared experts.
 
-    def head_s(self, tokens: int, context: int) -> float:
-        """What a forward pass does outside the MoE layers: dense layers, final norm, language-model head, sampling."""
+        ``tokens`` are those of the pass, of ``lanes`` sequences with KV caches of ``context`` tokens each.
+        """
+
+    def cpu_dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
+        """The same on the CPU; raises :class:`InputError` where the costs do not tell."""
+
+    def head_s(self, lanes: int, context: int, tokens: int = 0) -> float:
+        """What a forward pass does outside the MoE layers: dense layers, final norm, language-model head, sampling.
+
+        The head sees one token a lane, the dense layers all ``tokens`` of the pass (0: one a lane).
+        """
 
     def gpu_expert_s(self, tokens: int) -> float:
         """One resident expert on the GPU."""
@@ -40,7 +48,16 @@ class Costs(Protocol):
         """One expert on the CPU; ``first`` of its layer or a later one."""
 
     def copy_s(self, size_bytes: int) -> float:
-        """One copy from host to device."""
+        """One copy from host to device, all its chunks together."""
+
+    def write_back_s(self, size_bytes: int) -> float:
+        """One copy from device to host."""
+
+    def read_s(self, size_bytes: int) -> float:
+        """One read from the disk; raises :class:`InputError` for a machine without one."""
+
+    def hidden_bytes(self, tokens: int) -> int:
+        """Bytes of the hidden state of ``tokens``, which moves where neighbouring layers run on different devices."""
 
     def lookahead_s(self, depth: int) -> float:
         """Running the routers of ``depth`` later layers on one layer's hidden state."""
@@ -61,20 +78,33 @@ class RooflineCosts:
         regime = "" if hardware.regime == "eager" else f", {hardware.regime}-captured"
         self.name = f"roofline {model.name} on {hardware.name}{regime}"
         self.model, self.hardware, self.host = model, hardware, hardware.dispatching_host
-        cpu = hardware.cpu
+        self.chunk_bytes = hardware.link.chunk_bytes
+        cpu, link, disk = hardware.cpu, hardware.link, hardware.disk
         takes_int8 = cpu.int8_ops_per_s > 0 and model.expert_bits <= 8
         self._cpu_flops_per_s = cpu.int8_ops_per_s if takes_int8 else cpu.reached_flops_per_s
+        self._host_bytes_per_s = {  # what each resource asks of the host's memory
+            "cpu": cpu.reached_bytes_per_s,
+            "link": link.reached_bytes_per_s,
+            "link-back": link.reached_back_bytes_per_s,
+            "disk": disk.bytes_per_s if disk else 0.0,
+        }
 
     @cache  # noqa: B019 - a run keeps its one costs object alive anyway
-    def dense_s(self, tokens: int, context: int) -> float:
-        return self._layers_s(1, self.model.moe_layer_elements, tokens, context)
+    def dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
+        return self._gpu_s(*self._dense_work(self.model.moe_layer_elements, tokens, context, lanes), DENSE_KERNELS)
 
     @cache  # noqa: B019
-    def head_s(self, tokens: int, context: int) -> float:
+    def cpu_dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
+        flops, size_bytes = self._dense_work(self.model.moe_layer_elements, tokens, context, lanes)
+        return max(flops / self.hardware.cpu.reached_flops_per_s, size_bytes / self.hardware.cpu.reached_bytes_per_s)
+
+    @cache  # noqa: B019
+    def head_s(self, lanes: int, context: int, tokens: int = 0) -> float:
         model = self.model
         matrix = model.hidden * model.vocab
-        head = self._gpu_s(2.0 * tokens * matrix, matrix * model.bytes_per_element, 2)
-        return head + self._layers_s(model.layers - model.moe_layers, model.dense_layer_elements, tokens, context)
+        head_s = self._gpu_s(2.0 * lanes * matrix, matrix * model.bytes_per_element, 2)
+        work = self._dense_work(model.dense_layer_elements, tokens or lanes, context, lanes)
+        return head_s + (model.layers - model.moe_layers) * self._gpu_s(*work, DENSE_KERNELS)
 
     @cache  # noqa: B019
     def gpu_expert_s(self, tokens: int) -> float:
@@ -91,14 +121,23 @@ class RooflineCosts:
 
     @cache  # noqa: B019
     def copy_s(self, size_bytes: int) -> float:
-        return self.hardware.link.latency_s + size_bytes / self.hardware.link.reached_bytes_per_s
+        link = self.hardware.link
+        return self._chunks(size_bytes) * link.latency_s + size_bytes / link.reached_bytes_per_s
 
+    @cache  # noqa: B019
+    def write_back_s(self, size_bytes: int) -> float:
+        link = self.hardware.link
+        return self._chunks(size_bytes) * link.latency_s + size_bytes / link.reached_back_bytes_per_s
+
+    @cache  # noqa: B019
     def read_s(self, size_bytes: int) -> float:
-        """One read from the disk; raises :class:`InputError` for a machine without one."""
         disk = self.hardware.disk
         if disk is None:
             raise InputError(f"hardware must have a disk to read experts from, got {self.hardware.name}")
         return disk.latency_s + size_bytes / disk.bytes_per_s
+
+    def hidden_bytes(self, tokens: int) -> int:
+        return round(tokens * self.model.hidden * self.model.bytes_per_element)
 
     @property
     def notes(self) -> list[str]:
@@ -110,26 +149,35 @@ class RooflineCosts:
         return depth * self._gpu_s(0.0, router_bytes, 2)
 
     def slowdown(self, resource: str, others: frozenset[str]) -> float:
-        """CPU experts and copies that together ask for more than the host's memory gives wait in proportion.
+        """Resources that together ask for more than the host's memory gives wait in proportion.
 
-        Taken as if a CPU expert always asked for its full bandwidth, which is so for few tokens.
+        Taken as if each always asked for its full bandwidth; for a CPU expert that is so for few tokens.
         """
-        shared = self.hardware.cpu.shared_bytes_per_s
-        if not shared or {resource, *others} & SHARERS != SHARERS or resource not in SHARERS:
+        shared, asked = self.hardware.cpu.shared_bytes_per_s, self._host_bytes_per_s
+        busy = [name for name in asked if name == resource or name in others]
+        if not shared or resource not in asked or len(busy) == 1:
             return 1.0
-        return max(1.0, (self.hardware.cpu.reached_bytes_per_s + self.hardware.link.reached_bytes_per_s) / shared)
+        return max(1.0, sum([asked[name] for name in busy]) / shared)
 
     def _gpu_s(self, flops: float, size_bytes: float, kernels: int) -> float:
         gpu = self.hardware.gpu
         work_s = max(flops / gpu.reached_flops_per_s, size_bytes / gpu.reached_bytes_per_s)
         return work_s + kernels * self.hardware.kernel_s
 
-    def _layers_s(self, layers: int, elements: int, tokens: int, context: int) -> float:
+    def _chunks(self, size_bytes: int) -> int:
+        return max(1, -(-size_bytes // self.chunk_bytes)) if self.chunk_bytes else 1
+
+    def _dense_work(self, elements: int, tokens: int, context: int, lanes: int) -> tuple[float, float]:
+        """FLOPs and bytes of one layer with ``elements`` weights outside its routed experts.
+
+        Attention is causal: of its lane's n new tokens, the last one sees the whole context, the first n - 1 fewer.
+        """
         model = self.model
-        attention = 4.0 * tokens * context * model.heads * model.head_dim
-        kv_bytes = context * model.kv_bytes_per_token / model.layers
-        size_bytes = elements * model.bytes_per_element + kv_bytes
-        return layers * self._gpu_s(2.0 * tokens * elements + attention, size_bytes, DENSE_KERNELS)
+        new = min(tokens / lanes, context)
+        attended = context - (new - 1) / 2  # on average
+        flops = 2.0 * tokens * elements + 4.0 * tokens * attended * model.heads * model.head_dim
+        cache_bytes = lanes * context * model.kv_bytes_per_token / model.layers
+        return flops, elements * model.bytes_per_element + cache_bytes
 
 
 class TableCosts(RooflineCosts):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sim.plan import LayerPlan, Operation
 from sim.results import RunInfo, RunResult
+from traces.schema import Phase
 from traces.workload import Step
 
 
@@ -26,6 +27,8 @@ class RunLog:
 
     def __init__(self, *, events: bool = True, operations: bool = True) -> None:
         self.events: list[tuple[Any, ...]] | None = [] if events else None
+        self.arrival_s: Mapping[int, float] = {}
+        """By sequence; one that is not there arrives when its first step begins, as in an offline run."""
         self._submitted: list[tuple[int, Sequence[Operation]]] | None = [] if operations else None
         self._steps: list[tuple[Step, float, float, float]] = []
         self._layers: list[tuple[Any, ...]] = []
@@ -78,12 +81,16 @@ class RunLog:
         ]
 
     def _requests(self) -> list[tuple[Any, ...]]:
-        """Every sequence arrives when the batch that it runs in begins, as in an offline run."""
+        """One row a sequence. Its first token comes with the last pass of its prompt, or else with its first pass."""
         rows: dict[int, list[Any]] = {}
         for step, start_s, end_s, _ in self._steps:
             for sequence, count in zip(step.sequences, step.tokens, strict=True):
-                row = rows.setdefault(sequence, [sequence, start_s, start_s, end_s, end_s, 0, 0])
+                if sequence not in rows:
+                    rows[sequence] = [sequence, self.arrival_s.get(sequence, start_s), start_s, end_s, end_s, 0, 0]
+                row = rows[sequence]
                 row[4] = end_s
+                if step.phase == Phase.PREFILL:
+                    row[3] = end_s
                 row[5 + int(step.phase)] += count
         return [tuple(row) for row in rows.values()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,11 +11,14 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from sim.constants import constant_of
+from sim.policies import PLACEMENT, PREFETCH
+from sim.presets import Preset, find_preset, preset_names
 from sim.results import RunResult
 from sim.spec import catalogue
-from sim.systems import SystemSpec
+from sim.systems import KINDS, Constant, SystemSpec, no_constant
 from traces import store
-from traces.errors import InputError
+from traces.errors import InputError, unknown_name
 from traces.schema import Trace
 from traces.shipped import find_trace
 
@@ -22,28 +26,55 @@ if TYPE_CHECKING:
     from sim.replay.calibration import TraceCalibration
 
 
-def _not_empty(text: str | None) -> str | None:
-    """Raises :class:`InputError` for an empty capacity, which is not the same as none given."""
-    if text is not None and not text.strip():
-        raise InputError(f"cache must be a number of slots or a percentage, got {text!r}")
+def _listed(text: str | None) -> str | None:
+    """Raises :class:`InputError` for an empty list of systems, which is not the same as none given."""
+    if text is not None and not text.strip(" ,"):
+        raise InputError(f"systems must be names with commas, or all, got {text!r}")
     return text
 
 
+System = Annotated[
+    str | None, typer.Option(help="A published system of `moetwin systems list`, or a TOML file of your own.")
+]
+Systems = Annotated[
+    str | None, typer.Option(help="Several systems side by side: names with commas, or all.", callback=_listed)
+]
 Evict = Annotated[
-    str, typer.Option(help="Who leaves the cache: lru, lfu, lfru, mrs... (`moetwin cache policies` lists all).")
+    str | None,
+    typer.Option(
+        help="Who leaves the cache: lru, lfu, lfru, mrs... (`moetwin cache policies` lists all).", show_default="lru"
+    ),
 ]
 Calibration = Annotated[
     str | None,
-    typer.Option(help="Another trace, for policies that are fitted (static, belady-imitator)."),
+    typer.Option(help="Another trace, for what is fitted (static, belady-imitator, slots by miss costs)."),
 ]
-Place = Annotated[str, typer.Option(help="Where a missing expert runs: fetch, or cpu-on-miss.")]
-Prefetch = Annotated[str, typer.Option(help="What is copied ahead: none, or next-router.")]
-Scope = Annotated[str, typer.Option(help="layer: each layer has its own slots; global: all share one pool.")]
+Place = Annotated[
+    str | None,
+    typer.Option(help=f"Where a missing expert runs: {', '.join(PLACEMENT)}.", show_default="fetch"),
+]
+Prefetch = Annotated[
+    str | None, typer.Option(help=f"What is copied ahead: {', '.join(PREFETCH)}.", show_default="none")
+]
+PolicyFile = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE.py:CLASS", help="A policy of your own, of any kind. Repeatable."),
+]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="KIND.NAME=VALUE",
+        help="A policy's constant: evict.alpha=0.3, prefetch.depth=2. Repeatable.",
+    ),
+]
+Scope = Annotated[
+    str | None,
+    typer.Option(help="layer: each layer has its own slots; global: all share one pool.", show_default="layer"),
+]
 Cache = Annotated[
     str | None,
-    typer.Option(
-        help="Experts that fit on the GPU: a share such as 25%, or slots.", show_default="25%", callback=_not_empty
-    ),
+    typer.Option(help="Experts that fit on the GPU: a share such as 25%, or slots.", show_default="25%"),
 ]
 GpuMemory = Annotated[str | None, typer.Option(help="GPU memory to fit into, such as 8GiB, instead of --cache.")]
 Synchronous = Annotated[bool, typer.Option("--synchronous", help="One operation at a time, demand only (for parity).")]
@@ -51,19 +82,88 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder, or over a file, that exists.")]
 
 
-def system_of(**choice: Any) -> SystemSpec:
-    """The system that the options describe.
+def system_of(
+    system: str | None = None,
+    *,
+    policy_file: Sequence[str] = (),
+    option: Sequence[str] = (),
+    **changes: Any,
+) -> Preset:
+    """The system that the options describe: a published one or a file's, with ``changes`` of its fields.
 
-    Raises :class:`InputError` with the near names for an unknown policy, and for a prefetch that would not be run.
+    A change of None is none. Raises :class:`InputError` with the near names for an unknown policy, and for a prefetch
+    that would not be run.
     """
+    base = Preset(system=SystemSpec()) if system is None else find_preset(system)
+    changes = {field: value for field, value in changes.items() if value is not None and value is not False}
+    for text in policy_file:
+        from sim.custom import kind_of
+
+        kind = kind_of(text)
+        if kind in changes:
+            raise InputError(f"{kind} must be given once, got {changes[kind]} and {text}")
+        changes[kind] = text
+    fields = base.system.model_dump() | changes
+    fields["options"] = {kind: values for kind, values in fields["options"].items() if kind not in changes}
+    if base.name and changes:
+        fields["name"] = f"{base.name} with {', '.join(f'{field} {value}' for field, value in changes.items())}"
+    spec = _checked(fields)
+    if option:
+        spec = _checked(spec.model_dump() | {"options": _options(spec, option)})
+    if spec.synchronous and spec.prefetch != "none":
+        raise InputError(f"prefetch must be none with synchronous (demand only), got {spec.prefetch}")
+    uncalibrated = {field: value for field, value in base.uncalibrated.items() if field not in changes}
+    return base.model_copy(update={"system": spec, "uncalibrated": uncalibrated})
+
+
+def chosen_systems(
+    system: str | None,
+    systems: str | None,
+    policy_file: Sequence[str],
+    option: Sequence[str],
+    own: Mapping[str, Any],
+) -> list[Preset]:
+    """The systems that are to run: the one that the options describe, or all that ``systems`` lists.
+
+    Raises :class:`InputError` for options that contradict each other.
+    """
+    if systems is None:
+        return [system_of(system, policy_file=policy_file, option=option, **own)]
+    for name, value in {"system": system, "policy-file": policy_file, "option": option, **own}.items():
+        if value:
+            raise InputError(f"{name} must not be given together with systems, got {value}")
+    return systems_of(systems)
+
+
+def systems_of(names: str) -> list[Preset]:
+    """The systems that are listed with commas, each once, in this order; ``all`` are the published ones."""
+    wanted = preset_names() if names.strip() == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    return [find_preset(name) for name in dict.fromkeys(wanted)]
+
+
+def _checked(fields: dict[str, Any]) -> SystemSpec:
     try:
-        system = SystemSpec(**choice)
+        return SystemSpec(**fields)
     except ValidationError as error:
         cause = error.errors()[0].get("ctx", {}).get("error")
         raise cause if isinstance(cause, InputError) else InputError(catalogue.first_fault(error)) from error
-    if system.synchronous and system.prefetch != "none":
-        raise InputError(f"prefetch must be none with synchronous (demand only), got {system.prefetch}")
-    return system
+
+
+def _options(spec: SystemSpec, texts: Sequence[str]) -> dict[str, dict[str, Constant]]:
+    """The constants of ``spec`` with those that options such as ``evict.alpha=0.3`` set."""
+    options = {kind: dict(values) for kind, values in spec.options.items()}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        kind, _, name = path.strip().partition(".")
+        if not equals or not name:
+            raise InputError(f"option must be KIND.NAME=VALUE, got {text!r}")
+        if kind not in KINDS:
+            raise unknown_name("option", kind, KINDS)
+        defaults = spec.policy(kind).defaults
+        if name not in defaults:
+            raise no_constant(kind, getattr(spec, kind), name, defaults)
+        options.setdefault(kind, {})[name] = constant_of(defaults[name], value.strip(), path.strip())
+    return options
 
 
 def calibration_of(name: str | None, judged: Trace | None, batch: int) -> TraceCalibration | None:
@@ -75,7 +175,16 @@ def calibration_of(name: str | None, judged: Trace | None, batch: int) -> TraceC
         return None
     from sim.replay.calibration import TraceCalibration  # numba is imported with it
 
-    return TraceCalibration.of(store.load(find_trace(name)), judged, batch)
+    return TraceCalibration.of(read_trace(name, "calibration"), judged, batch)
+
+
+def read_trace(name: str, field: str) -> Trace:
+    """The trace that ``field`` names; says on stderr when its content was changed."""
+    path = find_trace(name, field)
+    trace = store.load(path)
+    for note in store.notes_on(trace, path):
+        typer.echo(f"note: {note}", err=True)
+    return trace
 
 
 COUNTS = frozenset({"decode_tokens", "late_hits", "misses", "cpu_experts"})
@@ -84,9 +193,7 @@ COUNTS = frozenset({"decode_tokens", "late_hits", "misses", "cpu_experts"})
 
 def show_run(run: RunResult, *, as_json: bool, **extra: str) -> None:
     """Prints the headline figures of a run, as a table or as one JSON object with ``extra`` added."""
-    figures = {
-        name: int(value) if name in COUNTS and value is not None else value for name, value in run.headline().items()
-    }
+    figures = _figures(run)
     if as_json:
         typer.echo(json.dumps({**run.info.model_dump(), **figures, **extra}))
         return
@@ -101,6 +208,32 @@ def show_run(run: RunResult, *, as_json: bool, **extra: str) -> None:
         table.add_row(label, value)
     for note in run.info.notes:
         table.add_row("note", note)
+    Console(highlight=False).print(table)
+
+
+def _figures(run: RunResult) -> dict[str, float | None]:
+    return {
+        name: int(value) if name in COUNTS and value is not None else value for name, value in run.headline().items()
+    }
+
+
+def show_runs(runs: Sequence[tuple[str, RunResult]], left_out: Mapping[str, str], *, as_json: bool) -> None:
+    """Prints the headline figures of several systems, a row or one JSON object each, and who was left out, and why."""
+    for name, reason in left_out.items():
+        typer.echo(f"left out: {name}: {reason}", err=True)
+    if as_json:
+        for _, run in runs:
+            show_run(run, as_json=True)
+        return
+    columns = ("system", "tokens/s", "ms a token, p50", "p99", "hit ratio", "MB fetched a token", "stalled")
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    table.columns[0].no_wrap = True
+    for name, run in runs:
+        shown = dict(_lines(_figures(run)))
+        token_p50, _, token_p99 = shown["time per output token, p50 / p99"].removesuffix(" ms").partition(" / ")
+        hits, stalled = shown["hit ratio, by distinct expert"], shown["share of time stalled"]
+        bytes_mb = shown["bytes fetched a token"].removesuffix(" MB")
+        table.add_row(name, shown["tokens a second"], token_p50, token_p99, hits, bytes_mb, stalled)
     Console(highlight=False).print(table)
 
 

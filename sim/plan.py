@@ -6,8 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-COPY, EVICT, GPU, CPU = "copy", "evict", "gpu", "cpu"
-"""The four kinds of operation."""
+COPY, EVICT, GPU, CPU, READ = "copy", "evict", "gpu", "cpu", "read"
+"""The kinds of operation: host to device, out of a slot, the two computations, disk to host.
+
+An eviction with bytes is a write-back: the slot's expert is copied to the host before the slot is used again.
+"""
 
 
 class Operation(NamedTuple):

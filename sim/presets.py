@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sim.spec.faults import first_fault
-from sim.systems import SystemSpec
+from sim.systems import Budget, SystemSpec
 from traces.errors import InputError, unknown_name
 
 
@@ -43,6 +43,22 @@ class Preset(BaseModel):
         told = ", ".join(f"{field} {value}" for field, value in self.uncalibrated.items())
         note = f"{self.name} was given no calibration trace: {told} stands in"
         return SystemSpec(**{**self.system.model_dump(), **self.uncalibrated}), [note]
+
+    def budget(self, even: Budget, *, layers: int, experts: int, calibration: Any = None) -> Budget:
+        """What it makes of ``even`` slots: all there are, a part of them, or another split over the layers.
+
+        ``calibration`` is the trace that a split by miss costs is measured on.
+        """
+        if self.unlimited:
+            return even.model_copy(update={"slots": experts})
+        if self.system.holds != "cache":
+            held = 2 * experts if self.system.holds == "two layers" else 1
+            return even.model_copy(update={"slots": min(even.slots, held)})
+        if self.system.slots_by_layer == "even" or calibration is None:
+            return even
+        from sim.slots import split_by_misses  # numba is imported with it
+
+        return even.model_copy(update={"by_layer": split_by_misses(calibration, even.slots * layers)})
 
 
 def preset_names() -> list[str]:

@@ -14,6 +14,10 @@ IGNORED = ("name", "source", "layers", "moe_layers")
 """Fields of a model that a profile's times do not depend on, as long as no layers are dense."""
 
 
+MEASURED = frozenset({"gpu", "link", "cpu"})
+"""Resources whose influence on each other a profile tells of."""
+
+
 class ProfileCosts:
     """Answers with measured seconds; ``notes`` says what was asked beyond the measured range.
 
@@ -24,13 +28,13 @@ class ProfileCosts:
         """Raises :class:`InputError` when ``model`` has other dimensions than the profile was measured with."""
         if model is not None:
             _check_same(model, profile.model)
-        self.profile, self.host = profile, profile.host
+        self.profile, self.host, self.chunk_bytes = profile, profile.host, 0
         self.name = f"profile {profile.name} {profile.digest[:12]}"
         self._outside: dict[str, tuple[int, int, int, int]] = {}
         self._factors = {(one.resource, frozenset(one.others)): one.factor for one in profile.slowdowns}
 
     @cache  # noqa: B019 - a run keeps its one costs object alive anyway
-    def dense_s(self, tokens: int, context: int) -> float:
+    def dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
         points = self.profile.dense
         self._flag("dense", tokens, points[0].tokens, points[-1].tokens)
         contexts = [size for point in points for size in (point.least_context, point.most_context)]
@@ -40,9 +44,13 @@ class ProfileCosts:
         per_context_s = float(np.interp(tokens, sizes, [point.per_context_s for point in points]))
         return base_s + per_context_s * context
 
+    def cpu_dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
+        """Raises :class:`InputError`: what a whole layer takes on the CPU is not measured."""
+        raise InputError("dense_follows must be false with a profile, which has no dense work on the CPU, got true")
+
     @cache  # noqa: B019
-    def head_s(self, tokens: int, context: int) -> float:
-        return self._at("head", self.profile.head, tokens)
+    def head_s(self, lanes: int, context: int, tokens: int = 0) -> float:
+        return self._at("head", self.profile.head, lanes)
 
     @cache  # noqa: B019
     def gpu_expert_s(self, tokens: int) -> float:
@@ -57,11 +65,22 @@ class ProfileCosts:
     def copy_s(self, size_bytes: int) -> float:
         return self._at("copy", self.profile.copies, size_bytes)
 
+    def write_back_s(self, size_bytes: int) -> float:
+        """As a copy to the device: the other direction is not measured, and taken to be as fast."""
+        return self.copy_s(size_bytes)
+
+    def read_s(self, size_bytes: int) -> float:
+        """Raises :class:`InputError`: no disk is measured."""
+        raise InputError("host_slots must be left out with a profile, which has no disk, got a number")
+
+    def hidden_bytes(self, tokens: int) -> int:
+        return round(tokens * self.profile.model.hidden * self.profile.model.bytes_per_element)
+
     def lookahead_s(self, depth: int) -> float:
         return depth * self.profile.lookahead_s
 
     def slowdown(self, resource: str, others: frozenset[str]) -> float:
-        return self._factors.get((resource, others), 1.0)
+        return self._factors.get((resource, others & MEASURED), 1.0)
 
     @property
     def notes(self) -> list[str]:

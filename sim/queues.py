@@ -1,21 +1,25 @@
-"""GPU, link and CPU as SimPy resources: an event for every transfer and every group of kernels."""
+"""GPU, CPU, link and disk as SimPy resources: an event for every transfer and every group of kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from itertools import combinations
+from collections.abc import Generator, Iterable
+from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
 
+from sim.controller import OffloadController
 from sim.costs import Costs
 from sim.logs import LayerRecord
 from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
-from sim.resources import Cpu, Gpu, Job, Link, Resource
+from sim.resources import Gpu, Job, Link, Resource
 
 if TYPE_CHECKING:
     from sim.engine import Engine
 
 LINK_WINDOW = 2
 """Copies that may be outstanding before no further prefetch is asked for."""
+
+ALWAYS = ("gpu", "link", "cpu")
+"""Resources that every run has."""
 
 Waits = Generator[Any, Any, None]
 """What a process yields: SimPy events to wait for."""
@@ -25,14 +29,22 @@ class Queues:
     """Queues work on the resources, and lets the host wait for it; ``env`` is the SimPy environment."""
 
     def __init__(self, engine: Engine, env: Any) -> None:
+        controller, costs = engine.controller, engine.costs
         self.env, self.pending, self.awaited = env, set[int](), set[int]()
-        self.gpu, self.link, self.cpu = Gpu(self), Link(self), Cpu(self)
-        self._controller, self._costs, self._log = engine.controller, engine.costs, engine.log
-        self._resources = (self.gpu, self.link, self.cpu)
-        self._rates = _rates(engine.costs)
-        self.contended = is_contended(engine.costs)
-        self._synchronous = engine.controller.system.synchronous
+        self.gpu, self.cpu = Gpu(self, "gpu"), Resource(self, "cpu")
+        self.link = Link(self, costs.copy_s(costs.chunk_bytes) if costs.chunk_bytes else 0.0)
+        self.back, self.disk = Resource(self, "link-back"), Resource(self, "disk")
+        self._controller, self._costs, self._log = controller, costs, engine.log
+        used = resources_of(controller)
+        self._resources = [one for one in (self.back, self.disk, self.link, self.cpu, self.gpu) if one.name in used]
+        alone = len(used) == len(ALWAYS)
+        self._woken = {self.gpu: [self.link, self.gpu], self.cpu: [self.cpu, self.gpu]} if alone else {}
+        self._rates = _rates(costs, used)
+        self.contended = is_contended(costs, used)
+        self._synchronous = controller.system.synchronous
+        self._looks_ahead = controller.system.prefetch != "none" and not self._synchronous
         self._unfinished = 0
+        self._waiting = False
         self._drained: Any = None
         self._arrived: list[Operation] = []
         self._record = LayerRecord(0, 0)
@@ -53,14 +65,25 @@ class Queues:
         self._poll()
 
     def dense(self, kind: str, record: LayerRecord, dispatch_s: float, duration_s: float) -> Waits:
-        """Dispatches a dense part, runs it after all that was submitted, and waits for its end."""
+        """Dispatches a dense part, runs it on the GPU after all that was submitted, and waits for its end."""
         yield from self.sleep(dispatch_s)
-        self._unfinished += 1
-        job = Job(kind, record, (duration_s,))
+        job = Job(kind, record, (duration_s,), counted=1)
         job.after = tuple(job.operations[0].id for job in (*self.cpu.queue, self.cpu.job) if job is not None)
+        self._unfinished += 1
         self.gpu.queue.append(job)
         self.gpu.advance()
         yield self._drain()
+
+    def cpu_dense(self, kind: str, record: LayerRecord, dispatch_s: float, duration_s: float) -> Waits:
+        """The same on the CPU."""
+        yield from self.sleep(dispatch_s)
+        yield from self.join()
+        yield from self._alone(self.cpu, Job(kind, record, (duration_s,), counted=1))
+
+    def cross(self, record: LayerRecord, seconds: float, *, back: bool) -> Waits:
+        """Moves the hidden state to the device, or ``back`` to the host, when all that was submitted has ended."""
+        yield from self.join()
+        yield from self._alone(self.back if back else self.link, Job("hidden", record, (seconds,), counted=1))
 
     def join(self) -> Waits:
         """Waits for the GPU and the CPU."""
@@ -71,19 +94,20 @@ class Queues:
         """Submits a layer's operations; in synchronous mode, waits for each before the next."""
         self._record = record
         self._log.submitted(record.step, plan.operations)
+        first = record.layer not in self._controller.layers_on_cpu
         if self._synchronous:
-            yield from self._one_by_one(plan.operations, record)
+            yield from self._one_by_one(plan.operations, record, first)
             return
-        if self.link.prefetch:
-            self.link.promote(
-                {copy for operation in plan.operations if operation.op == GPU for copy in operation.after}
-            )
-        first = True
+        if self.link.outstanding:
+            self._promote(plan.operations)
         for operation in plan.operations:
             self._enqueue(operation, record, first)
             first = first and operation.op != CPU
         self._advance()
         self._pull()
+
+    def finish(self) -> None:
+        """Nothing to do: SimPy runs until the last event."""
 
     def busy_changed(self) -> None:
         """A resource began or ended a job: every busy one goes on at its new rate."""
@@ -93,64 +117,108 @@ class Queues:
                 resource.rerate(self._rates[resource.name, busy])
 
     def ended(self, resource: Resource, job: Job) -> None:
-        """A resource has finished a job: keep the books, and start whatever waited for it."""
+        """A resource has finished a job, or a part of one: keep the books, and start whatever waited for it."""
         if self.contended:
             self.busy_changed()
         self._note(resource, job)
-        for operation in job.operations:
-            self.pending.discard(operation.id)
-            self.awaited.discard(operation.id)
-        if resource is self.link:
-            self._copied(job)
+        if job.rest_s:
+            self.link.second.appendleft(Job(job.kind, job.record, (job.rest_s,), job.operations))
         else:
-            job.record.end_s = self.now_s
-            self._unfinished -= len(job.parts_s)
-            if self.link.job is None:
-                self.link.advance()
-        resource.advance()
-        if self.gpu.job is None:
-            self.gpu.advance()
+            for operation in job.operations:
+                self.pending.discard(operation.id)
+                self.awaited.discard(operation.id)
+            self._unfinished -= job.counted
+            if resource is self.link:
+                self._copied(job)
+        self._advance(self._woken.get(resource))
         if not self._unfinished and self._drained is not None:
             self._drained.succeed()
             self._drained = None
 
+    def _copied(self, job: Job) -> None:
+        if job.kind == "prefetch":
+            self._arrived.append(job.operations[0])
+        if self._waiting:
+            self._pull()
+
     def _drain(self) -> Any:
         """An event for the end of all submitted work; while the host waits, arrivals bring further prefetches."""
+        self._waiting = True
         self._pull()
         self._drained = self.env.event()
+        self._drained.callbacks.append(self._resume)
         return self._drained
 
-    def _one_by_one(self, operations: list[Operation], record: LayerRecord) -> Waits:
-        first = True
+    def _resume(self, event: Any) -> None:
+        """The host waits no longer."""
+        self._waiting = False
+
+    def _alone(self, resource: Resource, job: Job) -> Waits:
+        """Runs ``job`` where nothing but transfers is under way, and waits for it."""
+        resource.queue.append(job)
+        self._unfinished += job.counted
+        resource.advance()
+        yield self._drain()
+
+    def _one_by_one(self, operations: list[Operation], record: LayerRecord, first: bool) -> Waits:
         for operation in operations:
             self._enqueue(operation, record, first)
             first = first and operation.op != CPU
-            self._unfinished += operation.op == COPY
             self._advance()
-            if operation.op != EVICT:
+            if self._unfinished:
                 yield self._drain()
 
-    def _advance(self) -> None:
-        self.link.advance()
-        self.cpu.advance()
-        self.gpu.advance()
+    def _advance(self, woken: list[Resource] | None = None) -> None:
+        """Starts what may begin on ``woken``, those that may have waited for what ended, or on all resources."""
+        for resource in woken or self._resources:
+            if (resource.queue or resource.second) and (resource.job is None or resource.yields):
+                resource.advance()
+
+    def _promote(self, operations: Iterable[Operation]) -> None:
+        """What these operations wait for need not stand back any longer, nor what that waits for in its turn."""
+        waited = {number for operation in operations for number in operation.after}
+        copies = (job for job in self.link.second if job.operations[0].id in waited)
+        waited |= {number for job in copies for number in job.after}
+        self.link.promote(waited)
+        self.disk.promote(waited)
 
     def _enqueue(self, operation: Operation, record: LayerRecord, first: bool) -> None:
-        """Queues an operation on its resource; ``first`` says whether a CPU expert is its layer's first."""
+        """Queues an operation on its resource; ``first`` says whether a CPU expert would be its layer's first."""
         op, costs = operation.op, self._costs
-        if op == EVICT:
+        if op == GPU:
+            job = Job("expert", record, (costs.gpu_expert_s(operation.tokens),), (operation,), 1)
+            self.gpu.queue.append(job)
+        elif op == CPU:
+            job = Job("expert", record, (costs.cpu_expert_s(operation.tokens, first),), (operation,), 1)
+            self.cpu.queue.append(job)
+        elif operation.bytes:
+            job = self._transfer(operation, record)
+        else:
             return
         self.pending.add(operation.id)
-        if op == GPU:
-            self._unfinished += 1
-            self.gpu.queue.append(Job("expert", record, (costs.gpu_expert_s(operation.tokens),), (operation,)))
-        elif op == CPU:
-            self._unfinished += 1
-            self.cpu.queue.append(Job("expert", record, (costs.cpu_expert_s(operation.tokens, first),), (operation,)))
+        self._unfinished += job.counted
+
+    def _transfer(self, operation: Operation, record: LayerRecord) -> Job:
+        """Queues what moves bytes."""
+        op, costs, waited = operation.op, self._costs, int(self._synchronous)
+        self.awaited.update(operation.after)
+        if op == EVICT:
+            record = LayerRecord(record.step, operation.layer)  # of the expert that leaves, maybe another layer's
+            job = Job("write-back", record, (costs.write_back_s(operation.bytes),), (operation,), waited)
+            self.back.queue.append(job)
+            return job
+        if op == COPY:
+            seconds, kind = costs.copy_s(operation.bytes), "copy"
         else:
-            self.awaited.update(operation.after)
-            kind, queue = ("prefetch", self.link.prefetch) if operation.prefetch else ("copy", self.link.demand)
-            queue.append(Job(kind, record, (costs.copy_s(operation.bytes),), (operation,)))
+            seconds, kind = costs.read_s(operation.bytes), "read"
+        resource = self.link if op == COPY else self.disk
+        if operation.prefetch:
+            job = Job("prefetch" if op == COPY else kind, record, (seconds,), (operation,))
+            resource.second.append(job)
+        else:
+            job = Job(kind, record, (seconds,), (operation,), waited)
+            resource.queue.append(job)
+        return job
 
     def _poll(self) -> None:
         """Reports arrivals, in the order in which they came."""
@@ -160,35 +228,29 @@ class Queues:
 
     def _pull(self) -> None:
         """Asks for prefetches while the link has room."""
-        if self._synchronous:
+        if not self._looks_ahead:
             return
         self._poll()
         while self.link.outstanding < LINK_WINDOW and (operations := self._controller.next_transfer()):
             self._log.submitted(self._record.step, operations)
             for operation in operations:
                 self._enqueue(operation, LayerRecord(self._record.step, operation.layer), False)
-            self.link.advance()
-
-    def _copied(self, job: Job) -> None:
-        if self._synchronous:
-            self._unfinished -= 1
-        if job.kind == "prefetch":
-            self._arrived.append(job.operations[0])
-        if self._drained is not None:
-            self._pull()
+            self._advance()
 
     def _note(self, resource: Resource, job: Job) -> None:
         """Adds a finished job to its layer's busy time and to the event rows."""
-        start_s, record, end_s = resource.start_s, job.record, self.now_s
-        busy_s = end_s - start_s
-        if resource is self.link:
-            record.transfer_s += busy_s if job.kind == "copy" else 0.0
-        elif resource is self.cpu:
-            record.cpu_s += busy_s
-        elif job.operations:
-            record.gpu_s += busy_s
-        else:
-            record.dense_s += busy_s
+        record, end_s = job.record, self.env.now
+        busy_s = end_s - resource.start_s
+        if resource is self.gpu or resource is self.cpu:
+            record.end_s = end_s
+            if not job.operations:
+                record.dense_s += busy_s
+            elif resource is self.gpu:
+                record.gpu_s += busy_s
+            else:
+                record.cpu_s += busy_s
+        elif job.kind in ("copy", "hidden"):
+            record.transfer_s += busy_s
         if self._log.events is not None:
             self._note_events(resource, job, busy_s)
 
@@ -204,13 +266,19 @@ class Queues:
             start_s = end_s
 
 
-def is_contended(costs: Costs) -> bool:
-    """Whether any resource slows another down."""
-    return any(rate != 1.0 for rate in _rates(costs).values())
+def resources_of(controller: OffloadController) -> tuple[str, ...]:
+    """Names of the resources that a run may use."""
+    goes_back = controller.system.write_back or controller.system.dense_follows
+    more = [("link-back", goes_back), ("disk", controller.reads_disk)]
+    return (*ALWAYS, *[name for name, used in more if used])
 
 
-def _rates(costs: Costs) -> dict[tuple[str, frozenset[str]], float]:
+def is_contended(costs: Costs, names: tuple[str, ...] = ALWAYS) -> bool:
+    """Whether any of the resources slows another down."""
+    return any(rate != 1.0 for rate in _rates(costs, names).values())
+
+
+def _rates(costs: Costs, names: tuple[str, ...]) -> dict[tuple[str, frozenset[str]], float]:
     """Seconds of work a second, by resource and by the set of busy resources (itself included)."""
-    names = (Gpu.name, Link.name, Cpu.name)
-    sets = [frozenset(chosen) for count in (1, 2, 3) for chosen in combinations(names, count)]
-    return {(name, busy): 1.0 / costs.slowdown(name, busy - {name}) for busy in sets for name in busy}
+    chosen = chain.from_iterable(combinations(names, count) for count in range(1, len(names) + 1))
+    return {(name, busy): 1.0 / costs.slowdown(name, busy - {name}) for busy in map(frozenset, chosen) for name in busy}

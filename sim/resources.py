@@ -1,11 +1,10 @@
-"""GPU, link and CPU of the simulated clock: each does one job at a time, in an order of its own."""
+"""The resources of the simulated clock: each does one job at a time, in an order of its own."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sim.logs import LayerRecord
 from sim.plan import Operation
@@ -13,40 +12,72 @@ from sim.plan import Operation
 if TYPE_CHECKING:
     from sim.queues import Queues
 
+ROUNDING_S = 1e-12
+"""A copy that is this close to the end of a chunk has reached it."""
+
 
 class Job:
-    """Work for one resource: a dense part, a group of expert kernels, or a copy.
+    """Work for one resource: a dense part, a group of expert kernels, or a transfer.
 
     ``parts_s`` splits ``duration_s`` over ``operations``; a job without operations names what it waits for in
-    ``after``.
+    ``after``. ``counted`` is for how many pieces of work the host waits when it waits for all; ``rest_s`` is what is
+    left of a copy that yields at the end of a chunk.
     """
 
-    __slots__ = ("after", "duration_s", "kind", "operations", "parts_s", "record")
+    __slots__ = ("after", "counted", "duration_s", "kind", "operations", "parts_s", "record", "rest_s")
 
     def __init__(
-        self, kind: str, record: LayerRecord, parts_s: Sequence[float], operations: Sequence[Operation] = ()
+        self,
+        kind: str,
+        record: LayerRecord,
+        parts_s: Sequence[float],
+        operations: Sequence[Operation] = (),
+        counted: int = 0,
     ) -> None:
         self.kind, self.record, self.operations, self.parts_s = kind, record, operations, parts_s
         self.duration_s = parts_s[0] if len(parts_s) == 1 else sum(parts_s)
         self.after: tuple[int, ...] = operations[0].after if operations else ()
+        self.counted, self.rest_s = counted, 0.0
 
 
-class Resource(ABC):
-    """Does one job at a time, at a rate that depends on what else is busy."""
+class Resource:
+    """Does one job at a time, at a rate that depends on what else is busy; jobs begin in order of submission.
 
-    name: str
+    ``second`` is a queue that is served only while nothing of the first can begin: that of prefetches.
+    """
 
-    def __init__(self, queues: Queues) -> None:
-        self.queues, self.env = queues, queues.env
+    rank: ClassVar[int] = -2
+    """SimPy's priority of the end of a job: what ends at the same instant ends in this order, and before the host,
+    whose priority is 1, goes on."""
+    yields = False
+    """Whether what waits may cut short what runs."""
+
+    def __init__(self, queues: Queues, name: str) -> None:
+        self.queues, self.env, self.name = queues, queues.env, name
+        self.queue, self.second = deque[Job](), deque[Job]()
         self.job: Job | None = None
         self.start_s = 0.0
         self._left_s = self._since_s = 0.0
         self._rate = 1.0
         self._timer: Any = None
 
-    @abstractmethod
+    @property
+    def outstanding(self) -> int:
+        """Jobs submitted and not ended."""
+        return len(self.queue) + len(self.second) + (self.job is not None)
+
+    def promote(self, waited: set[int]) -> None:
+        """Prefetches that are among the operations now ``waited`` for need not stand back any longer."""
+        for job in [job for job in self.second if job.operations[0].id in waited]:
+            self.second.remove(job)
+            self.queue.append(job)
+
     def next_job(self) -> Job | None:
-        """Takes the next job that may begin from the queue, or None."""
+        """Takes the next job that may begin from its queue, or None."""
+        for queue in (self.queue, self.second):
+            if queue and self.queues.pending.isdisjoint(queue[0].after):
+                return queue.popleft()
+        return None
 
     def advance(self) -> None:
         """Starts the next job, unless one is running or none may begin."""
@@ -66,14 +97,21 @@ class Resource(ABC):
         """From now on the job advances by ``rate`` seconds of work a second."""
         if rate == self._rate:
             return
-        now = self.env.now
-        self._left_s = max(0.0, self._left_s - (now - self._since_s) * self._rate)
-        self._since_s, self._rate = now, rate
+        self._settle()
+        self._rate = rate
         self._arm()
 
+    def _settle(self) -> None:
+        """Brings the work that is left up to date."""
+        now = self.env.now
+        self._left_s = max(0.0, self._left_s - (now - self._since_s) * self._rate)
+        self._since_s = now
+
     def _arm(self) -> None:
-        self._timer = self.env.timeout(self._left_s / self._rate)
-        self._timer.callbacks.append(self._ring)
+        self._timer = timer = self.env.event()
+        timer._ok, timer._value = True, None  # as SimPy's own Timeout is made, which has no priority
+        timer.callbacks.append(self._ring)
+        self.env.schedule(timer, self.rank, self._left_s / self._rate)
 
     def _ring(self, event: Any) -> None:
         """The job has ended, unless its rate has changed since this timer was set."""
@@ -86,64 +124,56 @@ class Resource(ABC):
 class Gpu(Resource):
     """Runs dense parts and experts strictly in order; neighbours that are ready make one job, one SimPy event."""
 
-    name = "gpu"
-
-    def __init__(self, queues: Queues) -> None:
-        super().__init__(queues)
-        self.queue: deque[Job] = deque()
-
     def next_job(self) -> Job | None:
         queue, pending, awaited = self.queue, self.queues.pending, self.queues.awaited
         if not queue or not pending.isdisjoint(queue[0].after):
             return None
         job = queue.popleft()
+        if not queue or not job.operations:
+            return job
         operations, parts_s = [*job.operations], [*job.parts_s]
-        while queue and operations and operations[-1].id not in awaited:
+        while queue and operations[-1].id not in awaited:
             follower = queue[0]
             if not follower.operations or not pending.isdisjoint(follower.after):
                 break
             queue.popleft()
             operations.extend(follower.operations)
             parts_s.extend(follower.parts_s)
-        return job if len(parts_s) == 1 else Job(job.kind, job.record, parts_s, operations)
+        return job if len(parts_s) == 1 else Job(job.kind, job.record, parts_s, operations, len(parts_s))
 
 
 class Link(Resource):
-    """Copies from host to device: demand first, then prefetches, each in order of submission."""
+    """Copies from host to device, prefetches second. With chunks, one of these makes way for a demand between two."""
 
-    name = "link"
+    rank = -1  # so that at one instant it sees what all others have finished
 
-    def __init__(self, queues: Queues) -> None:
-        super().__init__(queues)
-        self.demand: deque[Job] = deque()
-        self.prefetch: deque[Job] = deque()
+    def __init__(self, queues: Queues, chunk_s: float) -> None:
+        """``chunk_s`` is what one chunk takes; 0: copies are whole."""
+        super().__init__(queues, "link")
+        self._chunk_s, self.yields = chunk_s, chunk_s > 0.0
+        self._waited: set[int] = set()
 
-    @property
-    def outstanding(self) -> int:
-        """Copies submitted and not ended."""
-        return len(self.demand) + len(self.prefetch) + (self.job is not None)
+    def promote(self, waited: set[int]) -> None:
+        super().promote(waited)
+        self._waited = waited
 
-    def promote(self, copies: set[int]) -> None:
-        """Queued prefetches that are now being waited for become demand copies."""
-        for job in [job for job in self.prefetch if job.operations[0].id in copies]:
-            self.prefetch.remove(job)
-            self.demand.append(job)
+    def advance(self) -> None:
+        super().advance()
+        if self.yields and self.queue and self.job is not None and self.job.kind == "prefetch":
+            self._make_way(self.job)
 
-    def next_job(self) -> Job | None:
-        for queue in (self.demand, self.prefetch):
-            if queue and self.queues.pending.isdisjoint(queue[0].after):
-                return queue.popleft()
-        return None
-
-
-class Cpu(Resource):
-    """The CPU's expert pool: one expert after the other, each on all the pool's threads."""
-
-    name = "cpu"
-
-    def __init__(self, queues: Queues) -> None:
-        super().__init__(queues)
-        self.queue: deque[Job] = deque()
-
-    def next_job(self) -> Job | None:
-        return self.queue.popleft() if self.queue else None
+    def _make_way(self, job: Job) -> None:
+        """Ends ``job`` with the chunk that is under way, unless it is being waited for itself."""
+        ready = self.queues.pending.isdisjoint(self.queue[0].after)
+        if job.rest_s or not ready or job.operations[0].id in self._waited:
+            return
+        self._settle()
+        done_s = job.duration_s - self._left_s
+        chunks = max(1, -int((ROUNDING_S - done_s) // self._chunk_s))
+        rest_s = job.duration_s - chunks * self._chunk_s
+        if rest_s > ROUNDING_S:
+            job.rest_s = rest_s
+            job.duration_s -= rest_s
+            job.parts_s = (job.duration_s,)
+            self._left_s = max(0.0, self._left_s - rest_s)
+            self._arm()

@@ -122,7 +122,7 @@ class RunResult:
             "tokens_per_s": tokens / steps_s if tokens else None,
             "time_per_output_token_p50_s": token_s.quantile(0.5),
             "time_per_output_token_p99_s": token_s.quantile(0.99),
-            "time_to_first_token_p50_s": (self.requests.first_token_s - self.requests.arrival_s).quantile(0.5),
+            **self._by_request(),
             "hit_ratio_union": counts["hits_union"] / counts["union"] if tokens else None,
             "hit_ratio_assignments": counts["hits_assignments"] / counts["assignments"] if tokens else None,
             "late_hits": counts["late_hits"],
@@ -132,6 +132,26 @@ class RunResult:
             "stall_share": counts["stall_s"] / steps_s if tokens else None,
         }
         return {name: None if pd.isna(value) else float(value) for name, value in figures.items()}
+
+    def _by_request(self) -> dict[str, float | None]:
+        """What the requests saw, waiting for a lane and for other requests' passes included.
+
+        The first token comes with the end of the prompt, so that every new token of the table has a pass after it; in
+        a trace without prompts it is the first of them.
+        """
+        requests = self.requests
+        wait_s = requests.first_token_s - requests.arrival_s
+        later = requests.new_tokens - (requests.prompt_tokens == 0)
+        token_s = (requests.end_s - requests.first_token_s) / later.where(later > 0)
+        span_s = requests.end_s.max() - requests.arrival_s.min()
+        return {
+            "time_to_first_token_p50_s": wait_s.quantile(0.5),
+            "time_to_first_token_p99_s": wait_s.quantile(0.99),
+            "time_per_output_token_by_request_p50_s": token_s.quantile(0.5),
+            "time_per_output_token_by_request_p99_s": token_s.quantile(0.99),
+            "requests_per_s": len(requests) / span_s if span_s > 0 else None,
+            "throughput_tokens_per_s": requests.new_tokens.sum() / span_s if span_s > 0 else None,
+        }
 
     @classmethod
     def load(cls, folder: Path) -> RunResult:

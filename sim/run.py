@@ -13,16 +13,18 @@ import numpy as np
 from sim.controller import ExpertShape, OffloadController, Predicted
 from sim.costs import Costs
 from sim.engine import Engine, Predictions
+from sim.needs import check_needs
 from sim.policies.base import Calibration
 from sim.results import RunInfo, RunResult
 from sim.systems import Budget, SystemSpec
+from traces.batching import InOrder, Requests, known_order
 from traces.errors import InputError
-from traces.schema import NOT_ROUTED, Trace
+from traces.schema import NOT_ROUTED, Phase, Trace
 from traces.workload import Routing, Step, Workload, next_uses, router_scores, routings
 
 
 def build_controller(
-    workload: Workload,
+    plan: Workload | Requests,
     system: SystemSpec,
     budget: Budget,
     costs: Costs,
@@ -30,18 +32,18 @@ def build_controller(
     *,
     seed: int = 0,
 ) -> OffloadController:
-    """The controller of a run whose routing is ``workload``; either clock may run it.
+    """The controller of a run of ``plan``; either clock may run it.
 
     ``calibration`` is the trace that fitted policies learn from, ``seed`` for what they draw. Raises
     :class:`InputError` when the trace, or the caller, does not give what the system's policies need.
     """
-    header = workload.trace.header
-    check_needs(workload.trace, system, calibration)
+    header = plan.trace.header
+    check_needs(plan.trace, system, calibration)
     sizes = set(header.expert_bytes)
     if len(sizes) > 1:
         raise InputError(f"expert_bytes must be equal in all layers to run a trace, got {sorted(sizes)}")
     shape = ExpertShape(header.layers, header.experts, header.top_k, sizes.pop())
-    future = next_uses(workload) if "future" in system.needs else None
+    future = next_uses(known_order(plan, system.needing("future"))) if "future" in system.needs else None
     predicted = predicted_of(costs, shape.expert_bytes)
     return OffloadController(system, shape, budget, predicted, future, calibration, seed)
 
@@ -51,37 +53,6 @@ def predicted_of(costs: Costs, expert_bytes: int) -> Predicted:
     host = costs.host
     router_s = costs.dense_s(1, 1) + host.layer_s + host.readback_s + host.controller_s
     return Predicted(costs.gpu_expert_s, costs.cpu_expert_s, costs.copy_s(expert_bytes), router_s=router_s)
-
-
-def check_needs(trace: Trace, system: SystemSpec, calibration: Calibration | None = None) -> None:
-    """Raises :class:`InputError` unless ``trace`` and ``calibration`` give what the policies of ``system`` ask for."""
-    check_calibration(system, calibration)
-    if "scores" in system.needs and trace.scores is None and trace.gates is None:
-        raise InputError(
-            f"trace must have the router's scores, or at least gates, for {system.needing('scores')}, got neither"
-        )
-    if trace.lookahead_depth < system.lookahead_depth:
-        raise InputError(
-            f"trace must have look-ahead of depth {system.lookahead_depth} for prefetch {system.needing('lookahead')}, "
-            f"got depth {trace.lookahead_depth}"
-        )
-
-
-def check_calibration(system: SystemSpec, calibration: Calibration | None) -> None:
-    """Raises :class:`InputError` when a policy of ``system`` has to be fitted, and there is nothing to fit it to."""
-    if "calibration" in system.needs and calibration is None:
-        raise InputError(
-            f"calibration must be given for {system.needing('calibration')}, a trace apart from the one that is run"
-        )
-
-
-def check_causal(system: SystemSpec, calibration: Calibration | None = None) -> None:
-    """Raises :class:`InputError` unless ``system`` can run where the routing is not known beforehand."""
-    if "future" in system.needs:
-        raise InputError(
-            f"policies must be causal to decode prompts, got {system.needing('future')} (replay a trace instead)"
-        )
-    check_calibration(system, calibration)
 
 
 def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
@@ -102,29 +73,29 @@ def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
     return of_step
 
 
-def routings_of(workload: Workload, *, scored: bool = False) -> Callable[[Step], list[Routing]]:
+def routings_of(trace: Trace, *, scored: bool = False) -> Callable[[Step], list[Routing]]:
     """For a step: the routing of every layer, as :func:`traces.workload.routings` gives it, with scores if asked for.
 
-    Steps of one token, which are most of a run, are sorted together beforehand.
+    Decode tokens, which are most of a run, are sorted together beforehand for steps that are one of them alone.
     """
-    trace = workload.trace
     if scored:
         return lambda step: [
             routing._replace(scores=router_scores(trace, step.rows, layer))
             for layer, routing in enumerate(routings(trace, step))
         ]
     width = trace.header.top_k
-    single = [step for step in workload if len(step.rows) == 1]
-    rows = np.array([step.rows[0] for step in single], dtype=np.int64)
+    rows = np.flatnonzero(np.asarray(trace.phase) == Phase.DECODE)
     chosen = np.sort(trace.expert_ids[rows], axis=-1)  # [n, L, K], NOT_ROUTED last
-    routed = (chosen[..., -1] != NOT_ROUTED).all(axis=-1).tolist()
-    place = {step.index: index for index, step in enumerate(single) if routed[index]}
+    routed = (chosen[..., -1] != NOT_ROUTED).all(axis=-1)
+    place = np.full(len(trace), -1)
+    place[rows[routed]] = np.flatnonzero(routed)
+    place_of: list[int] = place.tolist()
     ones = (1,) * width
     routing_of: Callable[[tuple[Any, ...]], Routing] = partial(tuple.__new__, Routing)  # quicker than the class
 
     def of_step(step: Step) -> list[Routing]:
-        index = place.get(step.index)
-        if index is None:
+        index = place_of[step.rows[0]] if len(step.rows) == 1 else -1
+        if index < 0:
             return routings(trace, step)
         return [routing_of((tuple(experts), ones, width, None)) for experts in chosen[index].tolist()]
 
@@ -142,7 +113,7 @@ def most_named(experts: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def simulate(
-    workload: Workload,
+    plan: Workload | Requests,
     system: SystemSpec,
     budget: Budget,
     costs: Costs,
@@ -154,17 +125,23 @@ def simulate(
     operations: bool = True,
     progress: Callable[[], None] = lambda: None,
 ) -> RunResult:
-    """Runs ``workload`` in simulated time. ``hardware`` names the machine that ``costs`` describe, ``calibration`` the
-    trace that fitted policies learn from.
+    """Runs ``plan`` in simulated time: passes in their order, or requests as they arrive.
 
+    ``hardware`` names the machine that ``costs`` describe, ``calibration`` the trace that fitted policies learn from.
     Without ``events`` and ``operations`` these two long tables stay empty, which is quicker: for sweeps.
     """
-    controller = build_controller(workload, system, budget, costs, calibration, seed=seed)
+    controller = build_controller(plan, system, budget, costs, calibration, seed=seed)
     engine = Engine(controller, costs, events=events, operations=operations)
-    predictions = predictions_of(workload.trace, system.lookahead_depth)
-    routing = routings_of(workload, scored="scores" in system.needs)
-    engine.run(workload.steps, routing, predictions, progress)
-    info = run_info("simulated", workload, controller, hardware=hardware, packages=("numpy", "simpy"))
+    predictions = predictions_of(plan.trace, system.lookahead_depth)
+    routing = routings_of(plan.trace, scored="scores" in system.needs)
+    if isinstance(plan, Requests):
+        lanes = plan.scheduler()
+        engine.run(lanes, routing, predictions, progress)
+        ran = lanes.ran()
+    else:
+        engine.run(InOrder(plan), routing, predictions, progress)
+        ran = plan
+    info = run_info("simulated", ran, controller, hardware=hardware, packages=("numpy", "simpy"))
     return engine.log.result(info.model_copy(update={"costs": costs.name, "notes": [*info.notes, *costs.notes]}))
 
 
@@ -192,13 +169,17 @@ def run_info(
             "workload": workload.describe(),
             "synthetic": header.synthetic,
             "software": {name: version(name) for name in packages},
-            "notes": _notes(controller),
+            "notes": _notes(controller, workload.trace),
         }
     )
 
 
-def _notes(controller: OffloadController) -> list[str]:
+def _notes(controller: OffloadController, trace: Trace) -> list[str]:
     """What a reader of the result has to know of the policies' own doing."""
-    if not controller.fallbacks:
-        return []
-    return [f"{controller.system.place}: one device alone was quicker in {controller.fallbacks:,} layers, and was used"]
+    system, notes = controller.system, []
+    if controller.fallbacks:
+        layers = f"{controller.fallbacks:,} layers"
+        notes.append(f"{system.place}: one device alone was quicker in {layers}, and was used")
+    if "scores" in system.needs and trace.scores is None:
+        notes.append(f"{system.needing('scores')} was given the gates of the chosen experts: the trace has no scores")
+    return notes

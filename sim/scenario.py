@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from sim.costs import Costs, RooflineCosts, TableCosts
 from sim.memory import MemoryPlan
+from sim.needs import check_needs
 from sim.policies.base import Calibration
 from sim.presets import Preset
 from sim.profile import ProfileCosts
 from sim.results import RunResult
-from sim.run import simulate
 from sim.spec import ModelSpec, catalogue
 from sim.spec.catalogue import REFERENCE_MACHINE
 from sim.spec.compute_table import ComputeTable
 from sim.spec.overrides import Value
 from sim.spec.profile import Profile
 from sim.systems import Budget, SystemSpec
-from sim.target import budget_of, model_for, workload_of
+from sim.target import budget_of, model_for, plan_of
+from traces.batching import BatchSpec, Requests
 from traces.errors import InputError
+from traces.limits import MOST_BATCH
 from traces.schema import Trace
 from traces.shipped import find_trace
 from traces.standin import with_lookahead
 from traces.store import load as load_trace
+from traces.store import notes_on
 from traces.workload import Workload
 
 MOST_SEED = 2**32 - 1
@@ -55,25 +58,40 @@ class Scenario(BaseModel):
     cache: str | None = None
     gpu_memory: str | None = None
     context: PositiveInt | None = None
-    batch: PositiveInt = 1
+    batch: PositiveInt = Field(default=1, le=MOST_BATCH)
+    batching: Literal["lock-step", "continuous"] = "lock-step"
+    prefill_chunk: NonNegativeInt = 0
+    arrivals: str | None = None
+    rate_per_s: float | None = None
     calibration: str | None = None
     lookahead_recall: float | None = None
     seed: NonNegativeInt = Field(default=0, le=MOST_SEED)
 
     def prepare(self) -> Prepared:
         """Reads what the scenario names, and works out what is run; raises :class:`InputError` for what cannot be."""
-        recorded = _read_trace(self.trace)
+        recorded, changed = _read_trace(self.trace)
         model = catalogue.overridden_model(model_for(recorded, self.model, self.quant), self.model_set)
         if self.lookahead_recall is not None:
             recorded = with_lookahead(recorded, self.lookahead_recall, seed=self.seed)
-        workload, longest = workload_of(recorded, model, self.batch)
+        plan, lanes, longest = plan_of(recorded, model, self._batch_spec())
         context = self._context(longest)
-        calibration = self._calibration(workload.trace)
+        calibration = self._calibration(plan.trace)
         system, notes = self.system.fitted(calibrated=calibration is not None)
-        budget = self._budget(model, system, context, calibration)
+        budget = self._budget(model, system, lanes, context, calibration)
         hardware, costs = self._costs(model)
-        plan = MemoryPlan.of(model, budget, scope=system.scope, lanes=self.batch, context=context)
-        return Prepared(workload, model, system, budget, hardware, costs, calibration, plan, notes, self.seed)
+        check_needs(plan.trace, system, calibration)
+        memory = MemoryPlan.of(model, budget, scope=system.scope, lanes=lanes, context=context)
+        return Prepared(plan, model, system, budget, hardware, costs, calibration, memory, changed + notes, self.seed)
+
+    def _batch_spec(self) -> BatchSpec:
+        return BatchSpec.of(
+            batch=self.batch,
+            batching=self.batching,
+            prefill_chunk=self.prefill_chunk,
+            arrivals=self.arrivals,
+            rate_per_s=self.rate_per_s,
+            seed=self.seed,
+        )
 
     def _context(self, longest: int) -> int:
         if self.context is not None and self.context < longest:
@@ -85,24 +103,13 @@ class Scenario(BaseModel):
             return None
         from sim.replay.calibration import TraceCalibration  # numba is imported with it
 
-        return TraceCalibration.of(_read_trace(self.calibration), judged, self.batch)
+        return TraceCalibration.of(_read_trace(self.calibration, "calibration")[0], judged, self.batch)
 
-    def _budget(self, model: ModelSpec, system: SystemSpec, context: int, calibration: Any) -> Budget:
-        """The slots: the same number in all for every system under the same limit, whatever its scope."""
+    def _budget(self, model: ModelSpec, system: SystemSpec, lanes: int, context: int, calibration: Any) -> Budget:
         even = budget_of(
-            model, lanes=self.batch, context=context, cache=self.cache, gpu_memory=self.gpu_memory, scope=system.scope
+            model, lanes=lanes, context=context, cache=self.cache, gpu_memory=self.gpu_memory, scope=system.scope
         )
-        if self.system.unlimited:
-            return even.model_copy(update={"slots": model.experts})
-        if system.holds != "cache":
-            held = 2 * model.experts if system.holds == "two layers" else 1
-            return even.model_copy(update={"slots": min(even.slots, held)})
-        if system.slots_by_layer == "even" or calibration is None:
-            return even
-        from sim.slots import split_by_misses
-
-        split = split_by_misses(calibration, even.slots * model.moe_layers)
-        return even.model_copy(update={"by_layer": split})
+        return self.system.budget(even, layers=model.moe_layers, experts=model.experts, calibration=calibration)
 
     def _costs(self, model: ModelSpec) -> tuple[str, Costs]:
         """The machine's name, and what work of ``model`` takes on it."""
@@ -127,11 +134,31 @@ class Scenario(BaseModel):
                 raise InputError(f"{name} must not be given together with profile, got {value} and {self.profile}")
 
 
+def alongside(scenario: Scenario, systems: Sequence[Preset]) -> list[Scenario]:
+    """``scenario`` under each of ``systems``, every one with the same bytes for experts.
+
+    These are the slots that the limit gives to each layer, added up where one pool serves all. Raises
+    :class:`InputError` for what is wrong with the scenario whatever the system.
+    """
+    even = scenario.model_copy(update={"system": Preset(system=SystemSpec())}).prepare()
+    slots, layers = even.budget.slots, even.model.moe_layers
+    return [
+        scenario.model_copy(
+            update={
+                "system": system,
+                "gpu_memory": None,
+                "cache": str(slots * (layers if system.system.scope == "global" else 1)),
+            }
+        )
+        for system in systems
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What a scenario comes to, checked and ready to run."""
 
-    workload: Workload
+    plan: Workload | Requests
     model: ModelSpec
     system: SystemSpec
     budget: Budget
@@ -142,12 +169,24 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
     seed: int = 0
 
+    @property
+    def workload(self) -> Workload | None:
+        """The forward passes in their order; None where the clock decides it, as requests arrive."""
+        return self.plan if isinstance(self.plan, Workload) else None
+
+    @property
+    def steps(self) -> int | None:
+        """Forward passes; None where the clock decides how many there are."""
+        return None if self.workload is None else len(self.workload)
+
     def run(
         self, *, events: bool = True, operations: bool = True, progress: Callable[[], None] = lambda: None
     ) -> RunResult:
         """Simulates it."""
+        from sim.run import simulate  # simpy is imported with it
+
         result = simulate(
-            self.workload,
+            self.plan,
             self.system,
             self.budget,
             self.costs,
@@ -168,10 +207,11 @@ def _read_file(path: Path, changed_ns: int) -> Trace:
     return load_trace(path)
 
 
-def _read_trace(name: str) -> Trace:
-    """The trace of that name; a file is read once, as long as it does not change."""
-    path = find_trace(name)
-    return _read_file(path, path.stat().st_mtime_ns) if path.exists() else load_trace(path)
+def _read_trace(name: str, field: str = "trace") -> tuple[Trace, list[str]]:
+    """The trace of that name, and what has to be told of it; a file is read once, as long as it does not change."""
+    path = find_trace(name, field)
+    trace = _read_file(path, path.stat().st_mtime_ns)
+    return trace, notes_on(trace, path)
 
 
 def _check_format(spec: ModelSpec, measured: ModelSpec) -> None:

@@ -53,6 +53,9 @@ class SystemSpec(BaseModel):
     slots_by_layer: Literal["even", "miss-costs"] = Field(
         default="even", description="miss-costs: split over layers by what misses cost on a calibration trace"
     )
+    starts_with: str = Field(
+        default="", description="the eviction policy whose set fills the cache beforehand; empty: what evict loads"
+    )
     holds: Literal["cache", "two layers", "nothing"] = Field(
         default="cache", description="what of the slots is used: all as a cache, a double buffer, or none of them"
     )
@@ -68,6 +71,13 @@ class SystemSpec(BaseModel):
         _policy(info.field_name, value)
         return value
 
+    @field_validator("starts_with")
+    @classmethod
+    def _known_start(cls, value: str) -> str:
+        if value and _policy("evict", value).preload is EvictionPolicy.preload:
+            raise InputError(f"starts_with must be an eviction policy that loads something beforehand, got {value!r}")
+        return value
+
     @model_validator(mode="after")
     def _known_options(self) -> SystemSpec:
         for kind, constants in self.options.items():
@@ -76,7 +86,12 @@ class SystemSpec(BaseModel):
             defaults = self.policy(kind).defaults
             for constant in constants:
                 if constant not in defaults:
-                    raise _no_constant(kind, getattr(self, kind), constant, defaults)
+                    raise no_constant(kind, getattr(self, kind), constant, defaults)
+        loads = self.policy("evict").preload is not EvictionPolicy.preload
+        if loads and (self.starts_with or self.slots_by_layer != "even"):
+            raise InputError(
+                f"starts_with and slots_by_layer must be left out for {self.evict}, which has a set of its own"
+            )
         if self.holds != "cache" and self.scope != "global":
             raise InputError(f"scope must be global where a system holds {self.holds}, got {self.scope}")
         return self
@@ -92,6 +107,10 @@ class SystemSpec(BaseModel):
     def eviction(self, context: PolicyContext) -> EvictionPolicy:
         """Its eviction policy, made for a run; raises :class:`InputError` for constants that it refuses."""
         return cast(EvictionPolicy, self._made("evict", context))
+
+    def first_set(self, context: PolicyContext) -> EvictionPolicy | None:
+        """The policy whose set fills the cache beforehand, if it is not its eviction policy."""
+        return _policy("evict", self.starts_with)(context) if self.starts_with else None
 
     def placement(self, context: PolicyContext) -> PlacementPolicy:
         """Its placement policy, as :meth:`eviction`."""
@@ -113,13 +132,15 @@ class SystemSpec(BaseModel):
     def needs(self) -> frozenset[str]:
         """Inputs that the policies ask for, beyond the chosen experts."""
         of_policies = frozenset[str]().union(*(self.policy(kind).needs for kind in KINDS))
+        if self.starts_with:
+            of_policies |= _policy("evict", self.starts_with).needs
         return of_policies | ({"calibration"} if self.slots_by_layer == "miss-costs" else set())
 
     def needing(self, need: str) -> str:
         """The name of the policy (or of the field) that asks for ``need``."""
         return next(
             (getattr(self, kind) for kind in KINDS if need in self.policy(kind).needs),
-            f"slots_by_layer {self.slots_by_layer}",
+            self.starts_with or f"slots_by_layer {self.slots_by_layer}",
         )
 
     @property
@@ -147,7 +168,8 @@ def _policy(kind: str, name: str) -> type[Any]:
     return found
 
 
-def _no_constant(kind: str, policy: str, constant: str, defaults: Mapping[str, Any]) -> InputError:
+def no_constant(kind: str, policy: str, constant: str, defaults: Mapping[str, Any]) -> InputError:
+    """The error for a constant that a policy does not have."""
     if not defaults:
         return InputError(f"options.{kind} must be left out for {policy}, which has none, got {constant}")
     return unknown_name(f"options.{kind}", constant, defaults)
@@ -164,6 +186,9 @@ class Budget(BaseModel):
     slots: PositiveInt
     staging: PositiveInt = STAGING_SLOTS
     by_layer: tuple[NonNegativeInt, ...] = ()
+    host_slots: PositiveInt | None = Field(
+        default=None, description="experts that the host's memory holds, above a disk that holds all; None: all"
+    )
 
     def total(self, layers: int, scope: str) -> int:
         """Slots in all, staging slots apart."""
@@ -176,15 +201,18 @@ def parse_capacity(text: str, *, layers: int, experts: int, scope: str = "layer"
     A percentage means floor(f * experts). Raises :class:`InputError` for 0, above 100 %, or less than one expert.
     """
     pool = experts * (layers if scope == "global" else 1)
-    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(%?)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,9})?)\s*(%?)\s*", text)
     if not match:
         raise InputError(f"{field} must be a number of slots or a percentage, got {text!r}")
     number, percent = Fraction(match[1]), bool(match[2])
     if not percent and number.denominator != 1:
         raise InputError(f"{field} must be a whole number of slots (or carry a %), got {text!r}")
     slots = math.floor(pool * number / 100 if percent else number)
-    if not 1 <= slots <= pool or (percent and number > 100):
-        raise InputError(f"{field} must be between 1 and {pool} slots, got {text.strip()} which is {slots}")
+    if percent and number > 100:
+        raise InputError(f"{field} must be at most 100%, got {text.strip()}")
+    if not 1 <= slots <= pool:
+        got = f"{text.strip()} which is {slots}" if percent else text.strip()
+        raise InputError(f"{field} must be between 1 and {pool} slots, got {got}")
     return Budget(slots=slots)
 
 

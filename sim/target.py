@@ -8,9 +8,10 @@ from fractions import Fraction
 
 from sim.spec import BITS_PER_WEIGHT, ModelSpec, catalogue
 from sim.systems import Budget, budget_for_memory, parse_capacity
+from traces.batching import BatchSpec, Requests, schedule_of
 from traces.errors import InputError
 from traces.schema import Trace, WeightDtype
-from traces.workload import Workload, lock_step
+from traces.workload import Workload, lock_step, sequence_rows
 
 DTYPE_OF: dict[WeightDtype, str] = {
     "float32": "fp32",
@@ -22,11 +23,17 @@ DTYPE_OF: dict[WeightDtype, str] = {
 }
 """All dtypes that a trace's header may have, as the specs name them."""
 
-_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZES = {"": 1, "B": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for kind, base in (("B", 1000), ("IB", 1024))
+}
+"""Bytes of a unit, by its name in capitals."""
 
 
 def model_for(trace: Trace, name: str | None = None, quant: str | None = None) -> ModelSpec:
-    """The model to run ``trace`` on: ``name`` of the catalogue or a TOML file, or the trace's own with its dtype.
+    """The model to run ``trace`` on: ``name`` of the catalogue or a TOML file, or the trace's own, in the trace's
+    dtype unless its experts have the bytes that the catalogue gives them.
 
     ``quant`` is the format of the routed experts. Raises :class:`InputError` when the model is unknown.
     """
@@ -38,7 +45,7 @@ def model_for(trace: Trace, name: str | None = None, quant: str | None = None) -
             "which is not in the catalogue"
         )
     spec = catalogue.find_model(name or trace.header.model)
-    if spec.name == trace.header.model:
+    if spec.name == trace.header.model and {*trace.header.expert_bytes} != {spec.expert_bytes}:
         spec = spec.in_dtype(DTYPE_OF[trace.header.dtype])
     return spec if quant is None else spec.with_experts_in(quant)
 
@@ -82,10 +89,23 @@ def budget_of(
     )
 
 
+def plan_of(trace: Trace, spec: ModelSpec, batching: BatchSpec) -> tuple[Workload | Requests, int, int]:
+    """What of ``trace`` is run on the model ``spec``; the lanes that this takes at most, and the longest KV cache."""
+    plan = schedule_of(retarget(trace, spec), batching)
+    if isinstance(plan, Requests):
+        return plan, min(plan.batch, len(sequence_rows(trace))), plan.context
+    return plan, lanes_of(plan), max(step.context for step in plan)
+
+
 def workload_of(trace: Trace, spec: ModelSpec, batch: int) -> tuple[Workload, int]:
     """The forward passes of ``trace`` on the model ``spec``, and the tokens of its longest KV cache."""
     workload = lock_step(retarget(trace, spec), batch)
     return workload, max(step.context for step in workload)
+
+
+def lanes_of(workload: Workload) -> int:
+    """Sequences that run at the same time, at the most: fewer than its batch where the trace has fewer."""
+    return max(len(step.sequences) for step in workload)
 
 
 def parse_bytes(text: str, field: str) -> int:

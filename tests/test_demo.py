@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks.replay_memory import line_of
 from benchmarks.simpy_floor import shown
 from sim.results import RunResult
 from traces.store import load
@@ -58,3 +60,21 @@ def test_the_fidelity_benchmark_judges_every_configuration(tmp_path: Path) -> No
     assert outcome.returncode == 0, outcome.stderr
     assert "decisions exact: True" in outcome.stdout
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"fidelity.json", "profile.toml"}
+
+
+def test_memory_of_a_replay_grows_by_a_tenth_of_a_gibibyte_for_ten_million_accesses(tmp_path: Path) -> None:
+    """The bar, 1 GiB above the mapped file for a hundred million, scaled down: what two lengths differ in."""
+
+    def rows(tokens: int) -> list[dict[str, Any]]:
+        out = tmp_path / f"{tokens}.json"
+        words = ("-m", "benchmarks.replay_memory", "--tokens", str(tokens), "--out", str(out))
+        outcome = python(*words)
+        assert outcome.returncode == 0, outcome.stderr
+        found: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["policies"]
+        assert outcome.stdout.splitlines() == [line_of(row) for row in found]
+        return found
+
+    for short, long in zip(rows(20_000), rows(220_000), strict=True):
+        assert long["assignments"] - short["assignments"] == 200_000 * 48
+        grown_bytes = long["above_mapped_bytes"] - short["above_mapped_bytes"]
+        assert grown_bytes <= (1 << 30) / 1e8 * 200_000 * 48, long["policy"]

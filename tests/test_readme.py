@@ -8,12 +8,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
 import torch
 
-from benchmarks import simpy_floor
+from benchmarks import replay_memory, replay_speed, simpy_floor
 from sim.spec import catalogue
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +136,32 @@ def test_the_speed_of_the_engine_in_the_readme_is_that_of_the_committed_results(
     assert lines == simpy_floor.shown(json.loads(file.read_text(encoding="utf-8")))
 
 
+RESULTS = ROOT / "analysis" / "results" / "xeon-2core-cpu"
+
+
+def figures_of(benchmark: str) -> list[dict[str, Any]]:
+    """The rows of a committed result, or none."""
+    file = RESULTS / f"{benchmark}.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["policies"] if file.exists() else []
+    return rows
+
+
+def test_the_speed_and_memory_of_replay_in_the_readme_are_those_of_the_committed_results() -> None:
+    speeds = re.findall(r"^    (\S+ +[\d.]+ +[\d.]+ M/s against .*)$", README, re.MULTILINE)
+    assert speeds == [replay_speed.line_of(row) for row in figures_of("replay_speed")]
+    sizes = re.findall(r"^    (.* MiB above the mapped file)$", README, re.MULTILINE)
+    assert sizes == [replay_memory.line_of(row) for row in figures_of("replay_memory")]
+
+
+def test_the_committed_figures_of_replay_hold_the_bars() -> None:
+    for row in figures_of("replay_speed"):
+        assert row["ratio"] >= {"arc": 3, "fifo": 1}.get(row["policy"], 4), row
+        assert (row["misses"] == row["their_misses"]) is (row["policy"] != "belady"), "belady need not keep what misses"
+    for row in figures_of("replay_memory"):
+        assert row["assignments"] >= 100_000_000
+        assert row["above_mapped_bytes"] <= 1 << 30, row
+
+
 def test_the_worst_configurations_of_the_readme_are_those_of_the_committed_results() -> None:
     shown = re.findall(
         r"worst (?:predicted there )?is ([^;.]*?) at (\d+%), off by ([\d.]+) %", " ".join(README.split())
@@ -143,6 +170,26 @@ def test_the_worst_configurations_of_the_readme_are_those_of_the_committed_resul
         results = json.loads((ROOT / "analysis" / "results" / name / "fidelity.json").read_text(encoding="utf-8"))
         worst = max(results["configurations"], key=lambda one: one["median_error"])
         assert found == (worst["system"], worst["cache"], f"{worst['median_error'] * 100:.1f}")
+
+
+def stall_ms(folder: str, system: str, cache: str) -> tuple[float, float]:
+    """The stall of a token, measured and simulated, in a committed result."""
+    results = json.loads((RESULTS.parent / folder / "fidelity.json").read_text(encoding="utf-8"))
+    (found,) = (one for one in results["configurations"] if (one["system"], one["cache"]) == (system, cache))
+    measured, simulated = found["components_ms"]["stall"]
+    return measured, simulated
+
+
+def test_the_stall_that_the_limitations_tell_of_is_that_of_the_committed_results() -> None:
+    words = " ".join((ROOT / "docs" / "limitations.md").read_text(encoding="utf-8").split())
+    measured, simulated = stall_ms("xeon-2core-cpu-small", "lru + fetch", "25%")
+    assert f"out about {measured / simulated:.0f} times too low" in words
+    assert f"lru + fetch at 25%, {measured:.2f} ms of a token were measured and {simulated:.2f} ms simulated" in words
+    measured, simulated = stall_ms("xeon-2core-cpu", "lru + fetch", "25%")
+    assert f"waits {measured:.2f} ms and is predicted {simulated:.2f} ms" in words
+    measured, simulated = stall_ms("xeon-2core-cpu", "lru + fetch + next-router", "25%")
+    told = f"{simulated / measured - 1:.0%} too high ({measured:.2f} ms measured, {simulated:.2f} ms simulated)"
+    assert told.replace("%", " %") in words
 
 
 def test_the_committed_results_hold_the_bars() -> None:

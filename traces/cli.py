@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from traces import cli_edit, cli_import, store, synthetic
-from traces.errors import InputError
+from traces.errors import InputError, unknown_name
+from traces.limits import MOST_EXPERT_BYTES
 from traces.schema import TraceError, TraceHeader
 from traces.shipped import find_trace
 from traces.stats import summary
@@ -41,6 +43,8 @@ def info(
     file = find_trace(trace)
     loaded = store.load(file)
     record = {"file": str(file), "file_bytes": file.stat().st_size, **summary(loaded)}
+    for note in store.notes_on(loaded, file):
+        typer.echo(f"note: {note}", err=True)
     if as_json:
         typer.echo(json.dumps(record, indent=2, allow_nan=False))
         return
@@ -51,6 +55,7 @@ def info(
 
 @app.command()
 def check(
+    context: typer.Context,
     trace: TraceFile,
     model: Annotated[
         str | None,
@@ -67,7 +72,8 @@ def check(
     loaded = store.load(file, verify=True)
     if model is not None:
         try:
-            require_model(loaded.header, model)
+            catalogue = context.obj() if context.obj else ()  # which this room does not know; the root brings it
+            require_model(loaded.header, model, catalogue)
         except TraceError as error:
             raise TraceError(f"{file}: {error}") from error
     verified = "digest matches" if store.stored_digest(file) else "no digest stored"
@@ -130,18 +136,26 @@ app.command("export")(cli_edit.export_command)
 app.command("import")(cli_import.import_command)
 
 
-def require_model(header: TraceHeader, model: str) -> None:
-    """Raises :class:`TraceError` unless the header is of ``model``: a name, or ``LAYERSxEXPERTSxTOP_K``."""
+def require_model(header: TraceHeader, model: str, names: Iterable[str] = ()) -> None:
+    """Raises :class:`TraceError` unless the header is of ``model``: a name, or ``LAYERSxEXPERTSxTOP_K``.
+
+    ``names`` are those of a catalogue: a name that is neither there nor in the header is told with the near ones.
+    """
     dims = f"{header.layers}x{header.experts}x{header.top_k}"
-    found = dims if re.fullmatch(r"\d+x\d+x\d+", model) else header.model
-    if found != model:
-        raise TraceError(f"model must be {model}, got {header.model} ({dims})")
+    by_size = re.fullmatch(r"\d+x\d+x\d+", model)
+    if model == (dims if by_size else header.model):
+        return
+    known = {*names}
+    if known and not by_size and model not in known:
+        raise unknown_name("model", model, known | {header.model})
+    raise TraceError(f"model must be {model}, got {header.model} ({dims})")
 
 
 def _expert_bytes(text: str) -> int | tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise InputError(f"expert-bytes must be a whole number, or one for each layer with commas, got {text!r}")
+    if not all(re.fullmatch("[0-9]{1,18}", part.strip()) for part in parts):
+        rule = f"a whole number up to {MOST_EXPERT_BYTES}, or one for each layer with commas"
+        raise InputError(f"expert-bytes must be {rule}, got {text!r}")
     values = tuple(int(part) for part in parts)
     return values[0] if len(values) == 1 else values
 

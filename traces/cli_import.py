@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from traces import store
 from traces.errors import InputError, unknown_name
+from traces.limits import MOST_EXPERT_BYTES
 from traces.schema import NOT_ROUTED, Array, TraceError
 
 if TYPE_CHECKING:
@@ -30,7 +32,10 @@ TopK = Annotated[
     int | None, typer.Option(min=1, help="Experts of a token: needed for logits, 6 for esft if not given.")
 ]
 ExpertBytes = Annotated[
-    str | None, typer.Option(help="Bytes of an expert: one number, or one a layer: 900,800. 1 where nothing tells.")
+    str | None,
+    typer.Option(
+        help="Bytes of an expert: one number, or one a layer: 900,800. Else those of the catalogue's model, or 1."
+    ),
 ]
 AsBatch = Annotated[
     bool, typer.Option("--prefill-as-batch", help="A whole prompt is one forward pass, not one a token.")
@@ -44,6 +49,7 @@ ResidencyOut = Annotated[
 
 
 def import_command(
+    context: typer.Context,
     files: Files,
     name: Annotated[str, typer.Option("--format", help=f"One of {FORMATS}.")],
     out: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
@@ -62,7 +68,8 @@ def import_command(
 ) -> None:
     """Read another tool's recording of a router's choices into a trace.
 
-    A damaged file is refused with its name and row. What the files do not say, and was assumed, is told on stderr.
+    A damaged file is refused with its name and row. What the files do not say, and was assumed, is told on stderr: the
+    experts and their bytes are the catalogue's where the model is in it (gpt-oss-json: by its layers and top-k).
 
     Examples: moetwin trace import --format gpt-oss-json recordings --experts 32 --out t.safetensors
 
@@ -77,7 +84,7 @@ def import_command(
     _check_targets(name, out, residency_out, force=force)
     if name not in IMPORTERS:
         raise unknown_name("format", name, IMPORTERS)
-    sources = collect(files, IMPORTERS[name].patterns)
+    sources = collect(files, IMPORTERS[name])
     options = Options(
         layers=layers,
         experts=experts,
@@ -90,7 +97,7 @@ def import_command(
         drop_identical_rows=drop_identical_rows,
     )
     with _progress(sources) as advance:
-        imported = import_files(name, sources, options, advance=advance)
+        imported = import_files(name, sources, options, advance=advance, catalogue=context.obj() if context.obj else {})
     store.save(imported.trace, out, force=force)
     if residency_out is not None:
         _save_residency(imported.residency, residency_out)
@@ -110,10 +117,14 @@ def _check_targets(name: str, out: Path, residency_out: Path | None, *, force: b
 
 def _sizes(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
-        rule = "a whole number from 1, or one for each layer with commas"
+    if not all(_is_size(part.strip()) for part in parts):
+        rule = f"a whole number from 1 to {MOST_EXPERT_BYTES}, or one for each layer with commas"
         raise InputError(f"expert_bytes must be {rule}, got {text!r}")
     return tuple(int(part) for part in parts)
+
+
+def _is_size(text: str) -> bool:
+    return bool(re.fullmatch("[0-9]{1,18}", text)) and 1 <= int(text) <= MOST_EXPERT_BYTES
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from traces.errors import InputError
+from traces.limits import MOST_BATCH
 from traces.schema import Array, Phase, Trace
 
 
@@ -75,10 +76,10 @@ def schedule(trace: Trace, batch: int = 1, *, whole_prompts: bool) -> Schedule:
     A lane takes its prompt in one pass when ``whole_prompts``, else in those that the trace's ``step`` tells apart
     (chunks, or single tokens), and then one token a pass. The n-th pass of all lanes of a batch is one pass, prompts
     before tokens. A lane that has ended idles until all have, and only then the next batch begins. Raises
-    :class:`InputError` unless ``batch`` is at least 1.
+    :class:`InputError` unless ``batch`` is from 1 to :data:`~traces.limits.MOST_BATCH`.
     """
-    if batch < 1:
-        raise InputError(f"batch must be at least 1, got {batch}")
+    if not 1 <= batch <= MOST_BATCH:
+        raise InputError(f"batch must be from 1 to {MOST_BATCH}, got {batch}")
     order = by_sequence(trace)
     if batch == 1:
         lane = order.lane_of()

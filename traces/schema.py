@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from traces.errors import InputError
+from traces.limits import MOST_EXPERT_BYTES
 
 SCHEMA_VERSION = 1
 NOT_ROUTED = 65535
@@ -55,7 +56,9 @@ class TraceHeader(BaseModel):
     layers: PositiveInt
     experts: PositiveInt = Field(lt=NOT_ROUTED)
     top_k: PositiveInt
-    expert_bytes: tuple[NonNegativeInt, ...] = Field(description="bytes of one expert, for each MoE layer")
+    expert_bytes: tuple[Annotated[NonNegativeInt, Field(le=MOST_EXPERT_BYTES)], ...] = Field(
+        description="bytes of one expert, for each MoE layer"
+    )
     dtype: WeightDtype = Field(default="float32", description="dtype of the weights that expert_bytes counts")
     made_by: str = Field(default="", description="command or generator with its parameters")
     synthetic: bool = False
@@ -74,6 +77,11 @@ class TraceHeader(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise TraceError(_one_line(error)) from error
+
+    @property
+    def sized(self) -> bool:
+        """Whether the bytes of the experts are known: a recording that does not tell them counts each expert as 1."""
+        return {*self.expert_bytes} != {1}
 
     @model_validator(mode="after")
     def _consistent(self) -> TraceHeader:

@@ -28,6 +28,4 @@ def with_lookahead(trace: Trace, recall: float, *, seed: int = 0) -> Trace:
     header = trace.header
     predicted = predict(np.random.default_rng(seed), np.asarray(trace.expert_ids), header.experts, MOST_AHEAD, recall)
     told = f"{header.made_by}; look-ahead made up with recall {recall:g}, seed {seed}".removeprefix("; ")
-    return replace(
-        trace, header=header.model_copy(update={"synthetic": True, "made_by": told}), lookahead=predicted
-    )
+    return replace(trace, header=header.model_copy(update={"synthetic": True, "made_by": told}), lookahead=predicted)

@@ -107,6 +107,15 @@ def stored_digest(path: str | os.PathLike[str]) -> str | None:
     return None if digest is None else str(digest)
 
 
+def notes_on(trace: Trace, path: str | os.PathLike[str]) -> list[str]:
+    """What has to be told where the digest of a ``trace`` read from ``path`` serves to tell it from others: nothing,
+    unless its content is no longer what was written."""
+    stored = stored_digest(path)
+    if stored in (None, trace.digest):
+        return []
+    return [f"{path}: the digest is {trace.digest} and not {stored} as stored, so that the content was changed"]
+
+
 def _read_layout(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file, as the library accepts it, and the byte where its data begin."""
     if not path.is_file():

@@ -15,20 +15,23 @@ from typing import Any
 import numpy as np
 
 from traces.errors import InputError, unknown_name
+from traces.limits import MOST_EXPERT_BYTES, MOST_LAYERS
 from traces.memory import check_free
 from traces.schema import CHUNK_ELEMENTS, NOT_ROUTED, Array, Phase, Trace, TraceHeader
+
+MOST_NUMBER = 2**31 - 1
+"""Sequences, and positions in one, are 32-bit numbers."""
 
 MOST_SKEW = 8.0
 """Beyond it the rarest of some thousand experts has a weight that float32 cannot hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """What all generators have in common; raises :class:`InputError` for a value that makes no trace.
+class Shape:
+    """The dimensions of a generated trace; raises :class:`InputError` for a value that makes no trace.
 
     A sequence has ``prompt_tokens`` rows of prefill and ``new_tokens`` rows of decode. ``expert_bytes`` is one number
-    or one a layer. ``lookahead`` is the depth D of the predictions (0: none), ``lookahead_recall`` the probability
-    that a true expert is among them.
+    or one a layer.
     """
 
     sequences: int = 8
@@ -38,22 +41,18 @@ class Sizes:
     experts: int = 32
     top_k: int = 4
     expert_bytes: int | tuple[int, ...] = 1 << 20
-    skew: float = 1.0
-    scores: bool = False
-    lookahead: int = 0
-    lookahead_recall: float = 0.9
 
     def __post_init__(self) -> None:
-        for name, least in (("sequences", 1), ("prompt_tokens", 0), ("new_tokens", 0), ("layers", 1), ("lookahead", 0)):
-            _within(name, getattr(self, name), least)
-        _within("prompt-tokens + new-tokens", self.tokens, 1)
-        _within("experts", self.experts, 1, NOT_ROUTED - 1)
-        _within("top_k", self.top_k, 1, self.experts)
-        _within("skew", self.skew, 0.0, MOST_SKEW)
-        _within("lookahead_recall", self.lookahead_recall, 0.0, 1.0)
+        for name, least in (("sequences", 1), ("prompt_tokens", 0), ("new_tokens", 0)):
+            within(name, getattr(self, name), least, MOST_NUMBER)
+        within("layers", self.layers, 1, MOST_LAYERS)
+        within("prompt-tokens + new-tokens", self.tokens, 1)
+        within("experts", self.experts, 1, NOT_ROUTED - 1)
+        within("top_k", self.top_k, 1, self.experts)
         if len(self.layer_bytes) != self.layers:
             raise InputError(f"expert-bytes must have one entry or {self.layers} entries, got {len(self.layer_bytes)}")
-        _within("expert_bytes", min(self.layer_bytes), 0)
+        for size in (min(self.layer_bytes), max(self.layer_bytes)):
+            within("expert_bytes", size, 0, MOST_EXPERT_BYTES)
 
     @property
     def tokens(self) -> int:
@@ -66,6 +65,26 @@ class Sizes:
         return (self.expert_bytes,) * self.layers if isinstance(self.expert_bytes, int) else self.expert_bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes(Shape):
+    """What all generators here have in common; raises :class:`InputError` for a value that makes no trace.
+
+    ``lookahead`` is the depth D of the predictions (0: none), ``lookahead_recall`` the probability that a true expert
+    is among them.
+    """
+
+    skew: float = 1.0
+    scores: bool = False
+    lookahead: int = 0
+    lookahead_recall: float = 0.9
+
+    def __post_init__(self) -> None:
+        Shape.__post_init__(self)  # a class with slots is made anew, and super() would look for the old one
+        within("lookahead", self.lookahead, 0, MOST_LAYERS)
+        within("skew", self.skew, 0.0, MOST_SKEW)
+        within("lookahead_recall", self.lookahead_recall, 0.0, 1.0)
+
+
 def zipf(rng: np.random.Generator, sizes: Sizes) -> Trace:
     """Independent tokens: every token draws its experts by the layer's Zipf popularity."""
     streams = rng.spawn(4)
@@ -75,7 +94,7 @@ def zipf(rng: np.random.Generator, sizes: Sizes) -> Trace:
 
 def phase_change(rng: np.random.Generator, sizes: Sizes, *, period: int = 256) -> Trace:
     """As :func:`zipf`, but every ``period`` rows of the trace the popularity goes to other experts, in every layer."""
-    _within("period", period, 1)
+    within("period", period, 1, MOST_NUMBER)
     streams = rng.spawn(4)
     ranks = _independent(streams[0], sizes)
     ids = _experts(streams[1], sizes, ranks, period)
@@ -87,7 +106,7 @@ def markov(rng: np.random.Generator, sizes: Sizes, *, locality: float = 0.5) -> 
 
     Predecessor: the same layer, the token before in the same sequence. Locality 0 gives the trace of :func:`zipf`.
     """
-    _within("locality", locality, 0.0, 1.0)
+    within("locality", locality, 0.0, 1.0)
     streams = rng.spawn(5)
     ranks = _sticky(streams[0], streams[4], sizes, locality)
     ids = _experts(streams[1], sizes, ranks, sizes.sequences * sizes.tokens)
@@ -106,7 +125,7 @@ def generate(name: str, seed: int, sizes: Sizes, **own: Any) -> Trace:
     """
     if name not in GENERATORS:
         raise unknown_name("generator", name, GENERATORS)
-    _within("seed", seed, 0)
+    within("seed", seed, 0)
     known = list(inspect.signature(GENERATORS[name]).parameters)[2:]
     for parameter in own:
         if parameter not in known:
@@ -136,7 +155,7 @@ def _check_memory(sizes: Sizes, period: int | None) -> None:
     )
 
 
-def _within(name: str, value: float, least: float, most: float | None = None) -> None:
+def within(name: str, value: float, least: float, most: float | None = None) -> None:
     """Raises :class:`InputError` unless ``least <= value <= most``; not-a-number is never within.
 
     The error names the option of the command line, which has dashes.
@@ -157,7 +176,7 @@ def _races(rng: np.random.Generator, sizes: Sizes) -> Iterator[tuple[int, Array]
         yield start, keys
 
 
-def _winners(keys: Array, top_k: int) -> Array:
+def winners(keys: Array, top_k: int) -> Array:
     """Places of the ``top_k`` smallest keys along the last axis, the smallest first."""
     places = np.argpartition(keys, top_k - 1, axis=-1)[..., :top_k]
     order = np.argsort(np.take_along_axis(keys, places, axis=-1), axis=-1)
@@ -168,7 +187,7 @@ def _independent(rng: np.random.Generator, sizes: Sizes) -> Array:
     """Popularity ranks uint16 [sequences, tokens, L, K], all drawn afresh."""
     ranks = np.empty((sizes.sequences, sizes.tokens, sizes.layers, sizes.top_k), dtype=np.uint16)
     for start, keys in _races(rng, sizes):
-        ranks[:, start : start + len(keys)] = _winners(keys, sizes.top_k).swapaxes(0, 1)
+        ranks[:, start : start + len(keys)] = winners(keys, sizes.top_k).swapaxes(0, 1)
     return ranks
 
 
@@ -183,7 +202,7 @@ def _sticky(rng: np.random.Generator, keep_rng: np.random.Generator, sizes: Size
                 kept = keep_rng.random(before.shape) < locality
                 drawn = np.take_along_axis(keys, before, axis=-1)
                 np.put_along_axis(keys, before, np.where(kept, ahead, drawn), axis=-1)
-            before = _winners(keys, sizes.top_k)
+            before = winners(keys, sizes.top_k)
             ranks[:, start + place] = before
     return ranks
 
@@ -220,23 +239,23 @@ def _scores(rng: np.random.Generator, ids: Array, gates: Array, experts: int) ->
     return scores
 
 
-def _lookahead(rng: np.random.Generator, ids: Array, sizes: Sizes) -> Array:
-    """Predictions uint16 [T, L, D, K]: a true expert is kept with probability ``lookahead_recall``, else replaced.
+def predict(rng: np.random.Generator, ids: Array, experts: int, depth: int, recall: float) -> Array:
+    """Predictions uint16 [T, L, D, K] of ids [T, L, K]: a true expert stays with probability ``recall``, else another.
 
     The replacements in one prediction are neighbours, in a circle, among the wrong experts, from a random place on;
     where there are too few wrong experts, and beyond the last layer, an entry is NOT_ROUTED.
     """
     rows, layers, top_k = ids.shape
-    wrong = sizes.experts - top_k
-    predicted = np.full((rows, layers, sizes.lookahead, top_k), NOT_ROUTED, dtype=np.uint16)
-    for depth in range(1, min(sizes.lookahead, layers - 1) + 1):
-        true = ids[:, depth:]
-        missed = rng.random(true.shape) >= sizes.lookahead_recall
+    wrong = experts - top_k
+    predicted = np.full((rows, layers, depth, top_k), NOT_ROUTED, dtype=np.uint16)
+    for ahead in range(1, min(depth, layers - 1) + 1):
+        true = ids[:, ahead:]
+        missed = rng.random(true.shape) >= recall
         number = np.cumsum(missed, axis=-1) - 1
         first = rng.integers(0, max(wrong, 1), size=(*true.shape[:2], 1))
         other = _nth_absent(true, (first + number) % max(wrong, 1))
         other[number >= wrong] = NOT_ROUTED
-        predicted[:, : layers - depth, depth - 1] = np.where(missed, other, true)
+        predicted[:, : layers - ahead, ahead - 1] = np.where(missed, other, true)
     return predicted
 
 
@@ -269,12 +288,14 @@ def _trace(name: str, own: dict[str, Any], sizes: Sizes, ids: Array, streams: li
         token_ids=np.zeros(len(ids)),
         gates=gates,
         scores=_scores(score_rng, ids, gates, sizes.experts) if sizes.scores else None,
-        lookahead=_lookahead(ahead_rng, ids, sizes) if sizes.lookahead else None,
-        **_rows(sizes),
+        lookahead=predict(ahead_rng, ids, sizes.experts, sizes.lookahead, sizes.lookahead_recall)
+        if sizes.lookahead
+        else None,
+        **rows_of(sizes),
     )
 
 
-def _rows(sizes: Sizes) -> dict[str, Array]:
+def rows_of(sizes: Shape) -> dict[str, Array]:
     """The columns of a run of one sequence at a time: a prompt is one forward pass, every decode token is another."""
     position = np.tile(np.arange(sizes.tokens), sizes.sequences)
     decode = position >= sizes.prompt_tokens

@@ -1,5 +1,7 @@
 """A trace as the forward passes that an engine runs: one sequence at a time, or lock-step batches.
 
+:mod:`traces.batching` makes other orders of the same passes.
+
 Shapes: T tokens (rows of the trace), L MoE layers, K experts a token, E experts a layer.
 """
 
@@ -7,8 +9,8 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,15 +35,31 @@ class Step:
     context: int  # tokens in the longest KV cache of the batch after this step, lanes that have ended included
     starts: tuple[int, ...]  # sequences whose first step this is
     ends: tuple[int, ...]  # sequences whose last step this is
+    others: int = 0  # sequences that have begun, have not ended, and are not in this step
+
+    @property
+    def new_batch(self) -> bool:
+        """Whether no sequence from before goes on: policies then forget what they know of the requests under way.
+
+        A request that joins others does not make them forget: what they know is of the requests of one lane or another
+        since all lanes last began anew, which under a steady load is all of the run.
+        """
+        return not self.others and self.starts == self.sequences
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
-    """The forward passes of a run in order, over ``batch`` lanes."""
+    """The forward passes of a run in order, over ``batch`` lanes.
+
+    ``arrival_s`` has the arrivals by sequence, if anything is known of them, and ``about`` what else a record says.
+    """
 
     trace: Trace
     batch: int
     steps: list[Step]
+    batching: str = "lock-step"
+    arrival_s: Mapping[int, float] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
@@ -57,13 +75,14 @@ class Workload:
             steps[step.phase] += 1
             tokens[step.phase] += len(step.rows)
         return {
-            "order": "one-at-a-time" if self.batch == 1 else "lock-step",
+            "order": "one-at-a-time" if self.batch == 1 else self.batching,
             "batch": self.batch,
             "sequences": sum(len(step.starts) for step in self.steps),
             "prefill_steps": steps[Phase.PREFILL],
             "decode_steps": steps[Phase.DECODE],
             "prompt_tokens": tokens[Phase.PREFILL],
             "new_tokens": tokens[Phase.DECODE],
+            **self.about,
         }
 
 
@@ -74,7 +93,7 @@ def one_at_a_time(trace: Trace) -> Workload:
 
 def lock_step(trace: Trace, batch: int) -> Workload:
     """Batches of ``batch`` sequences, in order of first appearance, as :func:`traces.schedule.schedule` forms them;
-    the last batch may be smaller. Raises :class:`InputError` unless ``batch`` is at least 1."""
+    the last batch may be smaller. Raises :class:`InputError` for a ``batch`` below 1 or beyond reason."""
     plan = schedule(trace, batch, whole_prompts=True)
     sequence, position = (np.asarray(array)[plan.rows] for array in (trace.sequence, trace.position))
     last = dict(zip(sequence.tolist(), range(len(sequence)), strict=True))  # place of a sequence's last row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +23,11 @@ from transformers.utils import logging as transformers_logging
 
 from real.models import families
 from real.models.families import Family, MoeLayer
-from sim.spec import ModelSpec, catalogue
+from real.models.names import SMALL_FOLDER, SMALL_NAME, checkpoint_folder, model_type_of, random_spec
+from sim.spec import ModelSpec
 from traces.errors import InputError, unknown_name
 from traces.memory import check_free
 
-SMALL_NAME = "moetwin-small"
-SMALL_FOLDER = Path(__file__).parent / "small"
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HASHED_BYTES = 2**30
 """Weights up to this size are digested whole; of larger ones the files' names and sizes are."""
@@ -70,7 +68,7 @@ def load(
     torch_dtype(dtype)
     if random_weights:
         return load_spec(random_spec(name_or_path), dtype=dtype, seed=seed, with_experts=with_experts)
-    return _load_checkpoint(_checkpoint(name_or_path), dtype)
+    return _load_checkpoint(checkpoint_folder(name_or_path), dtype)
 
 
 def dimensions(name_or_path: str, *, dtype: str = "fp32", random_weights: bool = False) -> ModelSpec:
@@ -78,28 +76,11 @@ def dimensions(name_or_path: str, *, dtype: str = "fp32", random_weights: bool =
     torch_dtype(dtype)
     if random_weights:
         return random_spec(name_or_path).in_dtype(dtype)
-    folder = _checkpoint(name_or_path)
-    family = families.family(_model_type(folder))
+    folder = checkpoint_folder(name_or_path)
+    family = families.family(model_type_of(folder))
     with _as_input_error(folder), quiet():
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     return family.spec(config, _name_of(folder)).in_dtype(dtype)
-
-
-def random_spec(name: str) -> ModelSpec:
-    """The dimensions to be built with random weights: those of a catalogue model, or of a TOML file's.
-
-    Raises :class:`InputError` for a checkpoint, which has weights, and for a name or file that is neither.
-    """
-    if name == SMALL_NAME or Path(name).is_dir():
-        raise InputError(f"random-weights must go with a catalogue model or a TOML file, got the checkpoint {name!r}")
-    if name.endswith(".toml"):
-        return catalogue.find_model(name)
-    if "/" in name:
-        raise InputError(f"model must be a folder that exists, got {name}")
-    names = catalogue.model_names()
-    if name not in names:
-        raise unknown_name("model", name, {*names, SMALL_NAME})
-    return catalogue.model(name)
 
 
 def load_spec(
@@ -126,25 +107,12 @@ def _check_host_memory(spec: ModelSpec) -> None:
     check_free(needed, "model", f"{spec.name} with {needed / 1e9:.1f} GB of {spec.dtype} weights")
 
 
-def _checkpoint(name_or_path: str) -> Path:
-    """The folder of the weights; raises :class:`InputError` for a name that has none."""
-    if name_or_path == SMALL_NAME:
-        return SMALL_FOLDER
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    random_spec(name_or_path)  # what is not even a name of dimensions has an error of its own
-    kind = "TOML file" if name_or_path.endswith(".toml") else "catalogue name"
-    raise InputError(
-        f"model must be a local checkpoint or {SMALL_NAME} (or give --random-weights), got the {kind} {name_or_path!r}"
-    )
-
-
 def _name_of(folder: Path) -> str:
     return SMALL_NAME if folder == SMALL_FOLDER else folder.resolve().name
 
 
 def _load_checkpoint(folder: Path, dtype: str) -> LoadedModel:
-    family = families.family(_model_type(folder))
+    family = families.family(model_type_of(folder))
     with _as_input_error(folder), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -197,16 +165,6 @@ def torch_dtype(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     return DTYPES[dtype]
-
-
-def _model_type(folder: Path) -> str:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"model must be a checkpoint folder with a config.json, got {folder} without one")
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} must be JSON with a model_type, got: {type(error).__name__}: {error}") from error
 
 
 def _revision(folder: Path) -> str:

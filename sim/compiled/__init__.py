@@ -1,7 +1,7 @@
 """The compiled twins of the eviction policies, and the kernels that replay a stream through them.
 
-What numba compiles is kept in the user's cache folder, under a digest of these sources, so that a change of any of
-them compiles anew.
+What numba compiles is kept in the user's cache folder, under a digest of its sources, so that a change of any of them
+compiles anew; what older sources have left is removed.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from typing import Any, TypeVar, cast
 
 import numba
 
+from sim.compiled.folder import PREFIX, hold, remove_old
+
 
 def _cache_folder() -> Path:
     """Where compiled code is kept: NUMBA_CACHE_DIR, else the user's cache folder, else a temporary one."""
     sources = hashlib.sha256(numba.__version__.encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for file in (*sorted(here.glob("*.py")), here.parent / "policies" / "evict" / "random.py"):
         sources.update(file.read_bytes())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     base = Path(os.environ.get("NUMBA_CACHE_DIR") or home / "moetwin")
-    folder = base / f"compiled-{sources.hexdigest()[:16]}"
+    folder = base / f"{PREFIX}{sources.hexdigest()[:16]}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder)
     except OSError:
         return Path(tempfile.mkdtemp(prefix="moetwin-compiled-"))
+    remove_old(folder)
     return folder
 
 

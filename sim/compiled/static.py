@@ -1,4 +1,4 @@
-"""The compiled twin of ``static``: what has come in stays, so that only what is ranked beside it can go."""
+"""The compiled twin of all fixed sets: what has come in stays, so that only what is ranked beside it can go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sim.compiled.twin import RANKED, Array, Cache, Twin, register
-from sim.policies.evict.static import Static
+from sim.policies.evict.static import FixedSet, Static
+from sim.policies.evict.static_front import StaticFront
+from sim.policies.evict.static_uniform import StaticUniform
 
 
 class StaticState(NamedTuple):
@@ -16,7 +18,7 @@ class StaticState(NamedTuple):
     blocks: Array  # int64 [1]
 
 
-def build(policy: Static) -> StaticState:
+def build(policy: FixedSet) -> StaticState:
     """The state."""
     return StaticState(np.array([policy.context.blocks], np.int64))
 
@@ -32,4 +34,5 @@ def victim(policy: Any, cache: Cache, pool: int, event: int, decision: int, guar
     return int(best)
 
 
-register(Static, Twin(StaticState, build, victim=victim))
+for kind in (Static, StaticUniform, StaticFront):
+    register(kind, Twin(StaticState, build, victim=victim))

@@ -12,6 +12,7 @@ import numpy as np
 
 from sim.compiled import jit, jit_allocating
 from sim.compiled.twin import NOT_NEGATIVE, UNSEEN, Array, Cache
+from sim.policies.evict import random
 from traces.schema import NOT_ROUTED
 
 AS_ROUTED, ASCENDING, SHUFFLED = range(3)
@@ -33,14 +34,13 @@ class Stream(NamedTuple):
     bytes: Array  # int64 [B], of a block
 
 
+_mixed = jit(random.mixed)
+
+
 @jit
 def mixed(seed: int, number: int, block: int) -> int:
-    """A pseudo-random number of 53 bits, by the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
-    z = np.uint64(seed) + np.uint64(number) * np.uint64(0x9E3779B97F4A7C15)
-    z += np.uint64(block) * np.uint64(0xD1B54A32D192ED03)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.int64((z ^ (z >> np.uint64(31))) >> np.uint64(11))  # type: ignore[return-value]  # an int to its callers
+    """:func:`sim.policies.evict.random.mixed`."""
+    return np.int64(_mixed(np.uint64(seed), np.uint64(number), np.uint64(block)))  # type: ignore[return-value,arg-type]
 
 
 @jit

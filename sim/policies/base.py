@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 NEVER = 2**62
@@ -57,6 +58,28 @@ class PolicyContext:
         return self.layers * self.experts
 
 
+_KINDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+def check_constants(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises ValueError for a constant that is not among ``defaults``, or of another kind than its default."""
+    for name, value in given.items():
+        if name not in defaults:
+            near = get_close_matches(name, defaults, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(defaults) or 'none'}"
+            raise ValueError(f"option must be a known name, got {name!r} ({hint})")
+        kind = type(defaults[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{name} must be {_KINDS.get(kind, kind.__name__)}, got {value!r}")
+
+
+def check_whole(constants: Mapping[str, Any], **most: int) -> None:
+    """Raises ValueError unless each constant that is named is from 1 to what is given with it."""
+    for name, limit in most.items():
+        if not 1 <= constants[name] <= limit:
+            raise ValueError(f"{name} must be from 1 to {limit}, got {constants[name]}")
+
+
 class Policy:
     """What all policies share: a name for the registry, the inputs that have to be provided, and what they may be told.
 
@@ -69,6 +92,9 @@ class Policy:
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, context: PolicyContext) -> None:
+        """Raises ValueError for constants that the policy does not have, or of another kind; its own ones do for others
+        that it cannot use."""
+        check_constants(context.options, self.defaults)
         self.context = context
         self.options: dict[str, Any] = {**self.defaults, **context.options}
 
@@ -185,16 +211,16 @@ class PrefetchView(NamedTuple):
 
     ``expected[d]`` holds (expert, tokens) for layer ``layer + 1 + d`` of the same forward pass, most tokens first; it
     is empty without look-ahead. ``is_there`` tells of a block whether it is resident or on its way. ``makespan_s``
-    gives the seconds that the system's placement would take for a layer whose (expert, tokens) are split into those
-    that are there and those that are not, were the link idle. ``link_free_s`` is when the layer's own copies will have
-    ended, and ``router_s`` when the next router's choice will be known, both in predicted seconds from now.
+    gives the seconds that the system's placement would take for a layer, were the link idle, from the tokens of its
+    experts that are there, and of those that are not, each most first. ``link_free_s`` is when the layer's own copies
+    will have ended, and ``router_s`` when the next router's choice will be known, both in predicted seconds from now.
     """
 
     event: int
     layer: int
     expected: Sequence[Sequence[tuple[int, int]]]
     is_there: Callable[[int], bool]
-    makespan_s: Callable[[int, Sequence[tuple[int, int]], Sequence[tuple[int, int]]], float]
+    makespan_s: Callable[[tuple[int, ...], tuple[int, ...]], float]
     copy_s: float
     link_free_s: float = 0.0
     router_s: float = 0.0

@@ -104,16 +104,18 @@ class Curve:
             "phase": phase,
             "capacity_slots": amounts if self.unit == "slots" else None,
             "capacity_share": self.shares(),
-            "capacity_bytes": amounts if self.unit == "bytes" else self._bytes_of_slots(),
+            "capacity_bytes": self._bytes(amounts) if self.header.sized else None,
             "hit_ratio_assignments": self.hit_ratios(phase),
             "hit_ratio_union": self.hit_ratios(phase, "union"),
             "exact": self.exact,
         }
         return pd.DataFrame(columns, columns=list(COLUMNS)).astype(WHOLE)
 
-    def _bytes_of_slots(self) -> Array | None:
+    def _bytes(self, amounts: Array) -> Array | None:
         """Of the whole cache; None for one pool whose experts differ in size."""
         sizes = self.header.expert_bytes
+        if self.unit == "bytes":
+            return amounts
         if self.scope == "layer":
             return self.capacities * sum(sizes)
         return self.capacities * sizes[0] if len(set(sizes)) == 1 else None

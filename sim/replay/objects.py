@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 
+from sim.compiled.book import LEFT, STREAMED, Output, Setting
 from sim.compiled.counts import (
     ACCESSES,
     ASSIGNMENTS,
@@ -20,9 +21,9 @@ from sim.compiled.counts import (
     HITS,
     LOAD,
 )
-from sim.compiled.kernel import LEFT, STREAMED, Output, Setting
-from sim.compiled.stream import SHUFFLED, Stream, bounds, mixed
+from sim.compiled.stream import SHUFFLED, Stream, bounds
 from sim.policies.base import NEVER, EvictionPolicy
+from sim.policies.evict.random import mixed
 from traces.schema import NOT_ROUTED, Array
 
 
@@ -68,8 +69,11 @@ class ObjectReplay:
             if self.stream.starts[run]:
                 self.policy.begin_sequence()
             for step in range(int(self.stream.runs[run]), int(self.stream.runs[run + 1])):
+                loaded = int(row[BYTES])
                 missed = sum(event_of(row, step, layer, union) for layer, union in self._unions(step))
                 self.out.histogram[phase, missed] += int(self.stream.bins[run]) < len(self.out.table) - 1
+                if self.out.loads.size:
+                    self.out.loads[step] = row[BYTES] - loaded
 
     def _unions(self, step: int) -> Iterator[tuple[int, dict[int, int]]]:
         """Yields (layer, {block: tokens} in order of appearance) for every event of a pass; tells the policy scores."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class Replay:
     feed: Feed
     table: Array  # int64 [2 * G + 1, columns], as counts.COLUMNS; the last row is the warm-up
     histogram: Array  # int64 [2, L * E + 1], passes by phase and number of misses
+    loads: Array  # int64 [S], bytes loaded in a pass; empty where all experts have the same bytes
     static_blocks: int  # loaded before the first pass
     static_load_bytes: int
     seconds: float
@@ -44,8 +46,16 @@ class Replay:
         passes = self.histogram[list(_phase(phase))].sum(axis=0)
         return int(np.searchsorted(np.cumsum(passes), q * passes.sum()))
 
+    def bytes_quantile(self, q: float, phase: str = "all") -> int:
+        """The same of the bytes that a pass loads."""
+        if not self.loads.size:
+            return self.misses_quantile(q, phase) * self.feed.trace.header.expert_bytes[0]
+        first = self.feed.warmup_steps
+        loads = np.sort(self.loads[first:][np.isin(self.feed.plan.phase[first:], _phase(phase))])
+        return int(loads[max(math.ceil(q * len(loads)) - 1, 0)])
+
     def row(self, phase: str = "all") -> dict[str, Any]:
-        """The replay in one row, ready for JSON; ratios without a denominator are None.
+        """The replay in one row, ready for JSON; bytes are None where the trace does not know those of its experts.
 
         Raises :class:`InputError` when the trace has nothing of ``phase``.
         """
@@ -57,7 +67,7 @@ class Replay:
         misses = counts["accesses"] - counts["hits"]
         by_bytes = settings.capacity.unit == "bytes"
         amount = pools * settings.capacity.amount
-        return {
+        row = {
             "policy": settings.policy,
             "scope": settings.scope,
             "contract": settings.contract,
@@ -91,9 +101,14 @@ class Replay:
             "misses_a_step_p95": self.misses_quantile(0.95, phase),
             "misses_a_step_p99": self.misses_quantile(0.99, phase),
             "misses_a_step_max": self.misses_quantile(1.0, phase),
+            "bytes_a_step_p50": self.bytes_quantile(0.5, phase),
+            "bytes_a_step_p95": self.bytes_quantile(0.95, phase),
+            "bytes_a_step_p99": self.bytes_quantile(0.99, phase),
+            "bytes_a_step_max": self.bytes_quantile(1.0, phase),
             "seconds": self.seconds,
             "accesses_per_s": int(self.table[:, COLUMNS.index("accesses")].sum()) / self.seconds,
         }
+        return row if header.sized else row | {name: None for name in row if "bytes" in name}
 
 
 def _phase(name: str) -> tuple[int, ...]:

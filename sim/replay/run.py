@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sim.compiled import kernel
+from sim.compiled import book, kernel, single
 from sim.compiled.counts import COLUMNS
 from sim.compiled.stream import ASCENDING, Stream, empty_cache, next_uses
 from sim.compiled.twins import TWINS
@@ -41,7 +41,7 @@ def replay(
     that fitted policies learn from. The policy object decides when ``by_object``, or when it has no compiled twin.
     ``log`` keeps every departure. ``progress`` is told how many passes were replayed. What numba has to compile is not
     part of ``seconds``; what a policy learns, and the search for next uses, is. Raises :class:`InputError` for an
-    unknown policy, and for one that needs what is not there.
+    unknown policy, for one that needs what is not there, and for constants that it does not have or refuses.
     """
     kind = policy or find_policy(settings.policy)
     check_inputs(feed, kind, calibration)
@@ -86,6 +86,7 @@ class _Session:
         self.shared = settings.scope == "global"
         self.serial = settings.contract == "serial"
         self.by_use = self.serial or feed.single  # both contracts mean the same where an event is one use
+        self.alike = len(set(header.expert_bytes)) == 1
         self.context = PolicyContext(
             header.layers,
             header.experts,
@@ -98,7 +99,7 @@ class _Session:
             options=settings.options,
         )
         self.stream = stream_of(feed, self.context.weights, scored="scores" in kind.needs)
-        self.setting = kernel.Setting(
+        self.setting = book.Setting(
             capacity=settings.capacity.amount,
             bypass=kind.bypass,
             misses_first=kind.misses_first,
@@ -108,9 +109,10 @@ class _Session:
             next_use=np.empty(0, np.int32),
         )
         entries = 2 * feed.assignments if log else 0
-        self.out = kernel.Output(
+        self.out = book.Output(
             table=np.zeros((2 * feed.plan.groups + 1, len(COLUMNS)), np.int64),
             histogram=np.zeros((2, self.blocks + 1), np.int64),
+            loads=np.zeros(0 if self.alike else len(feed.plan), np.int64),
             log=np.full((entries, 3), -1, np.int64),
         )
         self.learning_s = 0.0
@@ -166,8 +168,8 @@ class _Session:
 
     @property
     def _kernel(self) -> Any:
-        if self.feed.single and len(set(self.context.weights)) == 1:
-            return kernel.replay_single
+        if self.feed.single and self.alike and len(set(self.context.weights)) == 1:
+            return single.replay_single
         return kernel.replay_serial if self.by_use else kernel.replay_atomic
 
     def _compiled(self, policy: EvictionPolicy, preloaded: Sequence[int]) -> Callable[[int], None]:
@@ -175,7 +177,7 @@ class _Session:
         cache = empty_cache(self.blocks, self.layers, self.shared)
         if self.last is not None:
             cache.clock[:] = self.last[1].clock
-        kernel.preload(state, cache, self.stream, np.array(preloaded, np.int64))
+        book.preload(state, cache, self.stream, np.array(preloaded, np.int64))
         self.last = state, cache
 
         def run(index: int) -> None:
@@ -203,6 +205,7 @@ class _Session:
             feed=self.feed,
             table=self.out.table,
             histogram=self.out.histogram,
+            loads=self.out.loads,
             static_blocks=len(self.loaded),
             static_load_bytes=sum(sizes[block // experts] for block in self.loaded),
             seconds=seconds,

@@ -49,7 +49,7 @@ class Capacity:
         if amount < max(sizes):
             raise InputError(f"bytes must leave {pools} room for one expert of {max(sizes)} bytes, got {amount}")
         if total > sum(sizes) * header.experts:
-            rule = f"at most the {sum(sizes) * header.experts} of all experts{UNSIZED if set(sizes) == {1} else ''}"
+            rule = f"at most the {sum(sizes) * header.experts} of all experts{'' if header.sized else UNSIZED}"
             raise InputError(f"bytes must be {rule}, got {total}")
         return cls(amount, "bytes", text.strip())
 

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+MOST = 10**18
+"""Of bytes, and of bytes or operations a second: more is a slip, and what is divided by it or by its inverse overflows.
+Likewise at least 1 a second, an hour for a fixed cost, and a millionth for a share."""
+
+
+def _none_or_one(value: float) -> float:
+    if 0 < value < 1:
+        raise ValueError("0, or at least 1 a second")
+    return value
+
+
+Rate = Annotated[float, Field(ge=1, le=MOST)]
+RateOrZero = Annotated[float, Field(ge=0, le=MOST), AfterValidator(_none_or_one)]
+Seconds = Annotated[float, Field(ge=0, le=3600)]
+Share = Annotated[float, Field(ge=1e-6, le=1)]
+Bytes = Annotated[PositiveInt, Field(le=MOST)]
 
 
 class _Part(BaseModel):
@@ -14,10 +31,10 @@ class _Part(BaseModel):
 class _Processor(_Part):
     name: str
     source: str
-    bytes_per_s: PositiveFloat
-    flops_per_s: PositiveFloat
-    memory_efficiency: PositiveFloat = Field(default=1.0, le=1, description="share of bytes_per_s that kernels reach")
-    compute_efficiency: PositiveFloat = Field(default=1.0, le=1, description="share of flops_per_s that kernels reach")
+    bytes_per_s: Rate
+    flops_per_s: Rate
+    memory_efficiency: Share = Field(default=1.0, description="share of bytes_per_s that kernels reach")
+    compute_efficiency: Share = Field(default=1.0, description="share of flops_per_s that kernels reach")
 
     @property
     def reached_bytes_per_s(self) -> float:
@@ -33,53 +50,67 @@ class _Processor(_Part):
 class GpuSpec(_Processor):
     """A GPU: nominal rates and the share of them that inference kernels reach."""
 
-    memory_bytes: PositiveInt
-    memory_efficiency: PositiveFloat = Field(default=0.7, le=1)
-    compute_efficiency: PositiveFloat = Field(default=0.6, le=1)
-    launch_s: NonNegativeFloat = Field(default=5e-6, description="fixed cost of one kernel on the GPU's timeline")
-    graph_launch_s: NonNegativeFloat = Field(default=3.1e-6, description="the same inside a captured graph")
-    expert_fixed_s: NonNegativeFloat = Field(default=0.0, description="cost of one expert beyond its kernels")
+    memory_bytes: Bytes
+    memory_efficiency: Share = Field(default=0.7)
+    compute_efficiency: Share = Field(default=0.6)
+    launch_s: Seconds = Field(default=5e-6, description="fixed cost of one kernel on the GPU's timeline")
+    graph_launch_s: Seconds = Field(default=3.1e-6, description="the same inside a captured graph")
+    expert_fixed_s: Seconds = Field(default=0.0, description="cost of one expert beyond its kernels")
 
 
 class CpuSpec(_Processor):
     """A CPU as an expert engine, on all its cores. With efficiencies of 1 the rates are those that kernels reach."""
 
-    int8_ops_per_s: NonNegativeFloat = Field(
+    int8_ops_per_s: RateOrZero = Field(
         default=0.0, description="reached rate for experts of 8 bits a weight and less; 0: flops_per_s"
     )
-    expert_fixed_s: NonNegativeFloat = Field(default=21e-6, description="fixed cost of one expert")
-    handoff_s: NonNegativeFloat = Field(default=0.0, description="handing a layer over and back, once a layer")
-    first_expert_s: NonNegativeFloat = Field(default=0.0, description="extra cost of a layer's first CPU expert")
-    shared_bytes_per_s: NonNegativeFloat = Field(
+    expert_fixed_s: Seconds = Field(default=21e-6, description="fixed cost of one expert")
+    handoff_s: Seconds = Field(default=0.0, description="handing a layer over and back, once a layer")
+    first_expert_s: Seconds = Field(default=0.0, description="extra cost of a layer's first CPU expert")
+    shared_bytes_per_s: RateOrZero = Field(
         default=0.0, description="memory bandwidth that CPU experts and copies share; 0: never the limit"
     )
 
 
 class LinkSpec(_Part):
-    """The link from host to device. ``bytes_per_s`` is what a copy from pinned memory reaches."""
+    """The link between host and device, both directions at once. ``bytes_per_s`` is what a copy from pinned memory to
+    the device reaches."""
 
     name: str
     source: str
-    bytes_per_s: PositiveFloat
-    latency_s: NonNegativeFloat = Field(default=7e-6, description="fixed cost of one copy")
+    bytes_per_s: Rate
+    back_bytes_per_s: RateOrZero = Field(default=0.0, description="from device to host; 0: as bytes_per_s")
+    latency_s: Seconds = Field(default=7e-6, description="fixed cost of one copy, or of one chunk")
+    chunk_bytes: NonNegativeInt = Field(
+        default=0, le=MOST, description="copies go in chunks, and a demand overtakes a prefetch between two; 0: whole"
+    )
     pinned: bool = Field(default=True, description="whether copies come from pinned memory")
-    pageable_efficiency: PositiveFloat = Field(default=0.28, le=1, description="share that pageable memory reaches")
+    pageable_efficiency: Share = Field(default=0.28, description="share that pageable memory reaches")
 
     @property
     def reached_bytes_per_s(self) -> float:
         """Bandwidth of a copy from the memory that ``pinned`` tells of."""
-        return self.bytes_per_s * (1.0 if self.pinned else self.pageable_efficiency)
+        return self.bytes_per_s * self._share
+
+    @property
+    def reached_back_bytes_per_s(self) -> float:
+        """Bandwidth of a copy to that memory."""
+        return (self.back_bytes_per_s or self.bytes_per_s) * self._share
+
+    @property
+    def _share(self) -> float:
+        return 1.0 if self.pinned else self.pageable_efficiency
 
 
 class HostSpec(_Part):
     """What the host program itself costs: Python dispatch, reading the router's choice, the controller."""
 
     source: str
-    layer_s: NonNegativeFloat = Field(default=60e-6, description="dispatch of one layer's dense part")
-    readback_s: NonNegativeFloat = Field(default=15e-6, description="reading the router's choice back")
-    controller_s: NonNegativeFloat = Field(default=30e-6, description="deciding one layer")
-    operation_s: NonNegativeFloat = Field(default=8e-6, description="submitting one operation")
-    join_s: NonNegativeFloat = Field(default=0.0, description="waking up when a layer's work has ended")
+    layer_s: Seconds = Field(default=60e-6, description="dispatch of one layer's dense part")
+    readback_s: Seconds = Field(default=15e-6, description="reading the router's choice back")
+    controller_s: Seconds = Field(default=30e-6, description="deciding one layer")
+    operation_s: Seconds = Field(default=8e-6, description="submitting one operation")
+    join_s: Seconds = Field(default=0.0, description="waking up when a layer's work has ended")
     joins_layers: bool = Field(default=False, description="the host waits for each layer's end, as a CPU device does")
 
 
@@ -89,8 +120,8 @@ class DiskSpec(_Part):
 
     name: str
     source: str
-    bytes_per_s: PositiveFloat = Field(description="sequential reads")
-    latency_s: NonNegativeFloat = Field(default=100e-6, description="fixed cost of one read")
+    bytes_per_s: Rate = Field(description="sequential reads")
+    latency_s: Seconds = Field(default=100e-6, description="fixed cost of one read")
 
 
 class HardwareSpec(_Part):

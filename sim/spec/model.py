@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
 from traces.errors import InputError, unknown_name
+from traces.limits import MOST_EXPERT_BYTES
+
+MOST = 10**12
+"""Of every count: what is beyond is a slip, and products of counts have to stay numbers that work with others."""
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
 
 BITS_PER_WEIGHT: dict[str, float] = {
     "fp32": 32,
@@ -35,32 +35,32 @@ class ModelSpec(BaseModel):
 
     name: str
     source: str = Field(description="where the dimensions were read")
-    layers: PositiveInt = Field(description="decoder layers, dense ones included")
-    moe_layers: PositiveInt
-    experts: PositiveInt = Field(description="routed experts in an MoE layer")
-    top_k: PositiveInt
-    hidden: PositiveInt
-    expert_width: PositiveInt
-    expert_matrices: PositiveInt = Field(
+    layers: Count = Field(description="decoder layers, dense ones included")
+    moe_layers: Count
+    experts: Count = Field(description="routed experts in an MoE layer")
+    top_k: Count
+    hidden: Count
+    expert_width: Count
+    expert_matrices: Count = Field(
         default=3, description="matrices of a feed-forward part, routed or not: 3 for gated ones, 2 for plain ones"
     )
-    expert_biases: NonNegativeInt = Field(default=0, description="bias elements of one expert")
-    shared_width: NonNegativeInt = Field(default=0, description="summed width of the shared experts of a layer")
-    dense_width: NonNegativeInt = Field(default=0, description="feed-forward width of a dense layer")
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    projection_elements: NonNegativeInt = Field(
+    expert_biases: CountOrZero = Field(default=0, description="bias elements of one expert")
+    shared_width: CountOrZero = Field(default=0, description="summed width of the shared experts of a layer")
+    dense_width: CountOrZero = Field(default=0, description="feed-forward width of a dense layer")
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    projection_elements: CountOrZero = Field(
         default=0, description="attention weights of a layer, its mean over all; 0: those of the grouped-query form"
     )
-    kv_elements: NonNegativeInt = Field(
+    kv_elements: CountOrZero = Field(
         default=0, description="KV elements a token and layer, the mean over all; 0: 2 * kv_heads * head_dim"
     )
-    vocab: PositiveInt
+    vocab: Count
     tied_embeddings: bool = False
     dtype: str = Field(default="bf16", description="of everything outside the experts")
     expert_bits: PositiveFloat = Field(
-        default=16.0, description="bits a weight of a routed expert; its biases are kept in dtype"
+        default=16.0, le=MOST, description="bits a weight of a routed expert; its biases are kept in dtype"
     )
 
     @field_validator("dtype")
@@ -75,6 +75,8 @@ class ModelSpec(BaseModel):
         for part, whole in (("moe_layers", "layers"), ("top_k", "experts")):
             if getattr(self, part) > getattr(self, whole):
                 raise InputError(f"{part} must be at most {whole} {getattr(self, whole)}, got {getattr(self, part)}")
+        if self.expert_bytes > MOST_EXPERT_BYTES:
+            raise InputError(f"expert_bytes must be at most {MOST_EXPERT_BYTES}, got {self.expert_bytes}")
         return self
 
     @property

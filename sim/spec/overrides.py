@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TypeAlias, TypeVar
@@ -13,6 +15,7 @@ from sim.spec.faults import first_fault
 from sim.spec.hardware import CpuSpec, DiskSpec, GpuSpec, HardwareSpec, HostSpec, LinkSpec
 from sim.spec.model import ModelSpec
 from traces.errors import InputError, unknown_name
+from traces.limits import MOST_EXPERT_BYTES
 
 Value: TypeAlias = float | bool | str
 Spec = TypeVar("Spec", bound=BaseModel)
@@ -76,7 +79,7 @@ def overridden(hardware: HardwareSpec, changes: Mapping[str, Value]) -> Hardware
         whole = getattr(hardware, part)
         if whole is None:
             raise InputError(f"{name} must be left out for a machine without a {part}, got {value}")
-        hardware = hardware.model_copy(update={part: _changed(whole, name, field, value, _scaled(value, scale))})
+        hardware = hardware.model_copy(update={part: _changed(whole, name, field, value, _scaled(value, scale), scale)})
     return hardware.model_copy(update={"name": _renamed(hardware.name, changes)})
 
 
@@ -90,6 +93,8 @@ def overridden_model(model: ModelSpec, changes: Mapping[str, Value]) -> ModelSpe
         if name not in known:
             raise unknown_name("model setting", name, known)
         if name == "expert_bytes":
+            if not isinstance(value, str | bool) and value > MOST_EXPERT_BYTES:
+                raise InputError(f"{name} must be at most {MOST_EXPERT_BYTES}, got {_shown(value)}")
             model = _changed(model, name, "expert_bits", value, _bits(model, value))
         else:
             model = _changed(model, name, name, value, value)
@@ -119,8 +124,8 @@ def marked(source: str, changes: Iterable[str]) -> str:
     return "; ".join([text for text in (source, f"{told}: set by the user [U]" if told else "") if text])
 
 
-def _changed(spec: Spec, name: str, field: str, given: Value, value: Value) -> Spec:
-    """``spec`` with ``field`` at ``value``, checked; an error speaks of ``name`` and of what was ``given``."""
+def _changed(spec: Spec, name: str, field: str, given: Value, value: Value, scale: float = 1.0) -> Spec:
+    """``spec`` with ``field`` at ``value``, checked; errors are about ``name``, as ``given``, in units of ``scale``."""
     fields = spec.model_dump()
     fields |= {field: value, "source": marked(fields["source"], [f"{name} = {_shown(given)}"])}
     try:
@@ -128,8 +133,15 @@ def _changed(spec: Spec, name: str, field: str, given: Value, value: Value) -> S
     except ValidationError as error:
         fault = first_fault(error)
         if fault.startswith(f"{field} must ") and name != field:
-            fault = f"{name}{fault.removeprefix(field).rpartition(', got ')[0]}, got {_shown(given)}"
+            rule = fault.removeprefix(field).rpartition(", got ")[0]
+            fault = f"{name}{_in_units(rule, error, scale)}, got {_shown(given)}"
         raise InputError(fault) from error
+
+
+def _in_units(rule: str, error: ValidationError, scale: float) -> str:
+    """``rule`` with the limit that it ends in, if there is one, in units of ``scale``."""
+    limits = [value for value in error.errors()[0].get("ctx", {}).values() if type(value) in (int, float)]
+    return re.sub(r"[0-9.e+-]+$", f"{limits[0] / scale:.12g}", rule) if limits and scale != 1 else rule
 
 
 def _bits(model: ModelSpec, size_bytes: Value) -> Value:
@@ -144,7 +156,8 @@ def _scaled(value: Value, scale: float) -> Value:
     """``value`` in a field's own unit; large units leave no fractions of a byte."""
     if isinstance(value, str | bool) or not math.isfinite(value):
         return value
-    return round(value * scale) if scale > 1 else value * scale
+    scaled = min(max(value * scale, -sys.float_info.max), sys.float_info.max)  # beyond the numbers there are: refused
+    return round(scaled) if scale > 1 and abs(scaled) >= 1 else scaled
 
 
 def _read(text: str) -> Value:

@@ -6,6 +6,7 @@ Two layers of four experts, top 2; one sequence: a prefill of three tokens, then
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 
 from sim.results import RunInfo, RunResult
+from tests.analysis.caching import OWN, SIZES, golden
+from traces import store
 from traces.schema import Trace, TraceHeader
+from traces.synthetic import Sizes, generate
 
 MEASURED_MS = [(0, 3, 20, 4, 8, 1, 5), (1, 1, 10, 2, 4, 1, 2), (1, 1, 12, 2, 4, 1, 3.5), (1, 1, 8, 2, 4, 1, 0)]
 SIMULATED_MS = [(0, 3, 22, 4, 8, 1, 8), (1, 1, 11, 2, 4, 1, 3), (1, 1, 12, 2, 4, 1, 4), (1, 1, 6, 2, 2, 1, 0)]
@@ -117,3 +121,23 @@ def trace() -> Trace:
 def folders(tmp_path: Path, measured: RunResult, simulated: RunResult) -> tuple[Path, Path]:
     """Both runs as result folders."""
     return measured.save(tmp_path / "measured"), simulated.save(tmp_path / "simulated")
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with two traces, and policies of a user's own."""
+    monkeypatch.chdir(tmp_path)
+    store.save(golden(), "golden.safetensors")
+    store.save(generate("zipf", 1, SIZES), "t.safetensors")
+    Path("own.py").write_text(OWN)
+
+
+@pytest.fixture
+def other_traces(cache_folder: None) -> None:
+    """Traces that lack what some policies need, or have too much."""
+    store.save(generate("zipf", 2, SIZES), "other.safetensors")
+    store.save(generate("zipf", 1, replace(SIZES, scores=True)), "scored.safetensors")
+    bare = generate("zipf", 1, SIZES)
+    store.save(Trace.of(bare.header, **{n: a for n, a in bare.arrays() if n != "gates"}), "bare.safetensors")
+    small = Sizes(sequences=2, prompt_tokens=0, new_tokens=4, layers=3, experts=8, top_k=2)
+    store.save(generate("zipf", 1, small), "small.safetensors")

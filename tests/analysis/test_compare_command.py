@@ -84,6 +84,20 @@ def test_one_wrong_target_writes_nothing(folders: tuple[Path, Path], tmp_path: P
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "ending"),
+    [("out", "q.txt", ".html or .htm"), ("perfetto", "q.html", ".json"), ("markdown", "q", ".md")],
+)
+def test_a_file_has_the_ending_of_what_is_in_it(
+    folders: tuple[Path, Path], tmp_path: Path, option: str, name: str, ending: str
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    targets = {"--out": tmp_path / "r.html"} | {f"--{option}": tmp_path / name}
+    with pytest.raises(InputError, match=rf"^{option} must end in {ending}, got .*{name}$"):
+        run(*folders, *(word for pair in targets.items() for word in pair))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_runs_that_do_not_belong_together_write_nothing(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="source of the measured run must be 'measured'"):
         run(folders[1], folders[0], "--out", tmp_path / "r.html")

@@ -11,7 +11,7 @@ from scipy.stats import kendalltau
 
 from analysis import metrics
 from analysis.frames import requests_frame, step_frame
-from sim.results import RunResult
+from sim.results import COLUMNS, RunResult
 from traces.errors import InputError
 
 SECONDS = st.floats(1e-6, 1e3, allow_nan=False)
@@ -234,3 +234,39 @@ def test_reversing_one_side_turns_the_sign(points: list[tuple[float, float]], no
     ours, theirs = (np.array(side) for side in zip(*points, strict=True))
     forward, backward = (metrics.kendall_tau(ours, side, noise).tau for side in (theirs, -theirs))
     assert forward == pytest.approx(-backward, nan_ok=True)
+
+
+def test_work_counts_as_far_as_it_lies_within_the_spans() -> None:
+    rows = [
+        ("gpu", "dense", 0, 0, -1, 0.0, 2.0),
+        ("gpu", "expert", 0, 0, 1, 1.0, 3.0),
+        ("gpu", "expert", 0, 0, 2, 5.0, 6.0),
+        ("link", "copy", 0, 0, 1, 0.0, 10.0),
+        ("cpu", "expert", 0, 0, 3, 3.0, 4.0),
+    ]
+    events = pd.DataFrame(rows, columns=list(COLUMNS["events"]))
+    spans = np.array([[1.0, 3.0], [4.0, 8.0]])
+    assert metrics.busy_within(events, spans) == {"cpu": 0.0, "gpu": (2.0 + 1.0) / 6, "link": 1.0}
+    whole = metrics.busy_within(events, [[0.0, 10.0]])
+    assert whole == pytest.approx(metrics.busy_shares(events, 10.0))
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5)), max_size=8))
+def test_work_within_one_span_is_what_the_union_covers(pieces: list[tuple[int, int]]) -> None:
+    rows = [("gpu", "dense", 0, 0, -1, float(start), float(start + length)) for start, length in pieces]
+    events = pd.DataFrame(rows, columns=list(COLUMNS["events"]))
+    covered = {cell for start, length in pieces for cell in range(start, start + length) if 3 <= cell < 17}
+    assert metrics.busy_within(events, [[3.0, 17.0]]).get("gpu", 0.0) == pytest.approx(len(covered) / 14)
+
+
+def test_waiting_is_for_the_cpu_as_far_as_the_cpu_takes_longer() -> None:
+    rows = pd.DataFrame(
+        {
+            "stall_s": [3.0, 3.0, 3.0, 0.0],
+            "gpu_experts_s": [2.0, 2.0, 2.0, 2.0],
+            "cpu_experts_s": [5.0, 3.0, 1.0, 2.0],
+        }
+    )
+    for_cpu_s, for_copies_s = metrics.waits(rows)
+    assert for_cpu_s.tolist() == [3.0, 1.0, 0.0, 0.0]
+    assert for_copies_s.tolist() == [0.0, 2.0, 3.0, 0.0]

@@ -67,6 +67,11 @@ def test_hit_curves_draw_every_capacity_and_name_the_lines(curves: dict[str, Cur
     assert ax.get_legend() is None
 
 
+def test_capacities_in_bytes_are_shares_of_the_bytes(routing: Trace) -> None:
+    ax = plots_cache.hit_curves(curve(Feed.of(routing), unit="bytes").frame()).axes[0]
+    assert ax.get_xlabel().startswith("cache (% of the bytes of all experts): a pool for each layer")
+
+
 def test_the_name_of_the_upper_line_is_above_it_and_the_other_below(curves: dict[str, Curve]) -> None:
     above, below = plots_cache.hit_curves(frame_of(curves)).axes[0].texts
     assert (above.get_verticalalignment(), below.get_verticalalignment()) == ("bottom", "top")
@@ -78,7 +83,7 @@ def test_a_heuristic_is_called_one(curves: dict[str, Curve]) -> None:
     assert "one pool for all layers, atomic contract, all passes" in ax.get_xlabel()
 
 
-def test_points_have_intervals_and_stand_side_by_side(curves: dict[str, Curve], routing: Trace) -> None:
+def test_points_have_intervals_and_stand_where_they_belong(curves: dict[str, Curve], routing: Trace) -> None:
     capacities = [Capacity.slots(text, routing.header, "layer") for text in ("25%", "50%")]
     found = points(sampled(Feed.of(routing), Settings("lfu", capacities[0]), capacities))
     found = found.assign(low=found["hit_ratio_assignments"] - 0.02, high=found["hit_ratio_assignments"] + 0.01)
@@ -86,8 +91,8 @@ def test_points_have_intervals_and_stand_side_by_side(curves: dict[str, Curve], 
     ax = plots_cache.hit_curves(frame_of(curves), both).axes[0]
     assert [bar.get_label() for bar in bars(ax)] == ["lfu", "fifo"]
     places = [np.asarray(bar.lines[0].get_xdata()) for bar in bars(ax)]
-    assert places[0] == pytest.approx([25 - plots_cache.APART / 2, 50 - plots_cache.APART / 2])
-    assert places[1] == pytest.approx([25 + plots_cache.APART / 2, 50 + plots_cache.APART / 2])
+    assert [place.tolist() for place in places] == [[25, 50]] * 2
+    assert {bar.lines[0].get_markerfacecolor() for bar in bars(ax)} == {"none"}, "one shows through the other"
     (low, high) = bars(ax)[0].lines[2][0].get_segments()[0][:, 1]
     middle = float(found["hit_ratio_assignments"].iloc[0]) * 100
     assert [low, high] == pytest.approx([middle - 2, middle + 1])
@@ -107,9 +112,9 @@ def test_points_of_many_policies_can_be_told_apart(curves: dict[str, Curve]) -> 
 
 def test_marks_are_named_in_slots_a_layer(curves: dict[str, Curve]) -> None:
     marks = plots_cache.marks_of(curves["lru"], gain=0.0)
-    assert marks == {"2k: 4 slots a layer": 0.5, "knee of lru: 8 slots a layer": 1.0}
+    assert marks == {"2 x top-k: 4 slots a layer": 0.5, "knee of lru: 8 slots a layer": 1.0}
     ax = plots_cache.hit_curves(frame_of(curves), None, marks).axes[0]
-    assert words(ax)[:2] == ["2k: 4 slots a layer", "knee of lru: 8 slots a layer"]
+    assert words(ax)[:2] == ["2 x top-k: 4 slots a layer", "knee of lru: 8 slots a layer"]
     assert [float(np.asarray(line.get_xdata())[0]) for line in ax.lines[:2]] == [50.0, 100.0]
     assert [found.get_horizontalalignment() for found in ax.texts[:2]] == ["left", "right"], "no word leaves the axes"
 
@@ -126,15 +131,18 @@ def test_policies_at_one_capacity_are_in_the_order_of_their_hits() -> None:
     found = found.assign(low=found["hit_ratio_assignments"] - 0.02, high=[0.41, np.nan, 0.46, 0.42])
     ax = plots_cache.policies_at(found).axes[0]
     assert ax.get_xlabel() == "hit ratio by assignment (%), cache of 25.0% of all experts"
-    assert ax.get_title(loc="left") == "a pool for each layer, serial contract, decode only"
+    told = "a pool for each layer, serial contract, decode only; ranked by assignment, the gap is by union"
+    assert ax.get_title(loc="left") == told
     names = [tick.get_text() for tick in ax.get_yticklabels()]
     assert names == ["lru", "arc", "lfru", "belady (hit-rate bound)"]
     assert np.asarray(ax.collections[-1].get_offsets())[:, 0] == pytest.approx([40, 40, 45, 60])
-    assert words(ax) == ["gap closed", "0%", "+25.0%"]
+    assert words(ax) == ["gap closed\nby union", "0%", "+25.0%"]
 
 
 def test_policies_without_a_bound_close_no_gap() -> None:
-    assert words(plots_cache.policies_at(table(lru=0.4, arc=0.5)).axes[0]) == []
+    ax = plots_cache.policies_at(table(lru=0.4, arc=0.5, lfu=0.5)).axes[0]
+    assert words(ax) == []
+    assert ax.get_title(loc="left") == "a pool for each layer, serial contract, decode only"
 
 
 def test_belady_is_not_called_a_bound_where_it_is_none() -> None:
@@ -171,7 +179,7 @@ def test_locality_shows_four_sides(record: dict[str, Any]) -> None:
     scores = lines(figure, 3)[-1]
     assert scores.get_xdata().tolist() == [4, 16]
     assert scores.get_ydata() == pytest.approx([entry["srp"] * 100 for entry in record["srp"][:2]])
-    assert words(figure.axes[3])[0] == f"set of {record['srp'][0]['cache_size']:.1f}k"
+    assert words(figure.axes[3])[0] == f"{record['srp'][0]['cache_size']:.1f} x top-k"
 
 
 def test_locality_of_a_trace_that_is_too_short(routing: Trace) -> None:
@@ -180,6 +188,15 @@ def test_locality_of_a_trace_that_is_too_short(routing: Trace) -> None:
     figure = plots_cache.locality(locality(lone, rng=np.random.default_rng(0), resamples=2))
     assert len(lines(figure, 0)) == 1, "chance alone"
     figure.canvas.draw()
+
+
+def test_every_figure_names_the_model_and_the_trace(curves: dict[str, Curve], record: dict[str, Any]) -> None:
+    figures = [
+        plots_cache.hit_curves(frame_of(curves), title="m, trace t"),
+        plots_cache.policies_at(table(lru=0.4), "m, trace t"),
+        plots_cache.locality(record, "m, trace t"),
+    ]
+    assert [figure.get_suptitle() for figure in figures] == ["m, trace t"] * 3
 
 
 def test_figures_use_the_colours_of_the_house(curves: dict[str, Curve], record: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,13 +156,36 @@ def test_facts_replace_the_memory_card(comparison: Comparison, measured: RunResu
     assert report.MEMORY_GIVEN not in page
 
 
-def test_needed_bytes_follow_what_was_copied(measured: RunResult, trace: Trace) -> None:
+def test_needed_bytes_are_those_of_the_model_that_was_run(
+    measured: RunResult, make_run: Callable[..., RunResult], trace: Trace
+) -> None:
     assert report.needed_bytes(measured, trace) == 800.0
-    measured.layers["bytes"] *= 10
-    assert report.needed_bytes(measured, trace) == 8000.0
-    measured.layers["bytes"] = 0
-    assert report.needed_bytes(measured, trace) == 800.0
+    larger = make_run("measured", capacity_bytes=4000)
+    assert report.needed_bytes(larger, trace) == 8000.0
+    none_held = make_run("measured", capacity_slots=0, capacity_bytes=0)
+    assert report.needed_bytes(none_held, trace) == 800.0
     assert math.isnan(report.needed_bytes(measured, None))
+
+
+def test_needed_bytes_do_not_depend_on_who_computed_hits(measured: RunResult, trace: Trace) -> None:
+    measured.layers["cpu_experts"] = measured.layers["union"]
+    assert report.needed_bytes(measured, trace) == 800.0
+
+
+@pytest.mark.parametrize(
+    ("system", "label"),
+    [
+        ({"evict": "lru", "prefetch": "none", "synchronous": True}, "evict lru, synchronous"),
+        (
+            {"name": "mine", "evict": "lru", "options": {"prefetch": {"depth": 3}}, "holds": "cache"},
+            "mine: evict lru, prefetch.depth 3",
+        ),
+        ({"name": "", "options": {}, "holds": "two layers"}, "holds two layers"),
+        ({}, "default system"),
+    ],
+)
+def test_a_system_in_one_line(system: dict[str, Any], label: str) -> None:
+    assert report.system_label(system) == label
 
 
 def test_limits_say_what_is_missing(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.timeline import to_perfetto, write_perfetto
+from analysis.timeline import cut, system_name, to_perfetto, write_perfetto
 from sim.results import COLUMNS, RunResult
 from traces.errors import InputError
 
@@ -17,7 +17,10 @@ def names(trace: dict, kind: str) -> list[tuple[int, str]]:
 
 def test_a_process_a_run_and_a_thread_a_resource(measured: RunResult, simulated: RunResult) -> None:
     trace = to_perfetto([measured, simulated])
-    assert names(trace, "process_name") == [(1, "measured: tiny-moe on bench"), (2, "simulated: tiny-moe on bench")]
+    assert names(trace, "process_name") == [
+        (1, "measured: lru + fetch, tiny-moe on bench"),
+        (2, "simulated: lru + fetch, tiny-moe on bench"),
+    ]
     threads = ["steps", "layers", "host", "gpu", "link"]
     assert names(trace, "thread_name") == [(pid, name) for pid in (1, 2) for name in threads]
 
@@ -57,3 +60,19 @@ def test_the_file_is_json_and_not_replaced_unasked(tmp_path: Path, measured: Run
     with pytest.raises(InputError, match="must be a new file"):
         write_perfetto(path, [measured])
     assert write_perfetto(path, [measured], force=True) == path
+
+
+def test_a_system_is_named_in_few_words() -> None:
+    assert system_name({"name": "hybrimoe", "evict": "mrs"}) == "hybrimoe"
+    assert system_name({"evict": "mine.py:Mine", "place": "fetch", "prefetch": "none"}) == "Mine + fetch"
+    assert system_name({}) == "default system"
+
+
+def test_a_cut_keeps_the_rows_of_its_steps(measured: RunResult) -> None:
+    part = cut(measured, range(1, 3))
+    for name in ("tokens", "layers", "events", "operations"):
+        assert set(getattr(part, name)["step"]) == {1, 2}
+    assert len(part.requests) == len(measured.requests)
+    slices = [event for event in to_perfetto([part])["traceEvents"] if event["ph"] == "X"]
+    assert {event["name"] for event in slices if event["cat"] == "steps"} == {"decode 1", "decode 2"}
+    assert min(event["ts"] for event in slices) == pytest.approx(20_000.0)

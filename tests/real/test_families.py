@@ -194,7 +194,7 @@ def test_path_must_exist(tmp_path) -> None:
 
 
 def test_small_model_that_is_not_installed_is_named(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("real.models.load.SMALL_FOLDER", tmp_path / "small")
+    monkeypatch.setattr("real.models.names.SMALL_FOLDER", tmp_path / "small")
     with pytest.raises(InputError, match=r"with a config.json, got .*/small without one"):
         load(SMALL_NAME)
 

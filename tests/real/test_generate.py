@@ -182,7 +182,7 @@ def test_generate_streams_the_chosen_lane_without_its_end_mark() -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(InputError, match="temperature must be at least 0 and finite, got -1"):
+    with pytest.raises(InputError, match=r"temperature must be 0, or at least 0\.001 and finite, got -1"):
         Sampler(-1)
     with pytest.raises(InputError, match="top_p must be above 0 and at most 1, got 0"):
         Sampler(1.0, 0.0)

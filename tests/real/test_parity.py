@@ -151,6 +151,15 @@ def test_demand_only_runs_have_equal_logs(
         follow(measured.operations, pools * SLOTS[scope])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACEMENT)
+def test_every_eviction_policy_has_equal_logs_with_every_placement(cpu: Machine, place: str) -> None:
+    workload = lock_step(synthetic(), 3)
+    for evict, scope in product(EVICTION, ("layer", "global")):
+        measured, simulated = both(cpu, workload, SLOTS[scope], evict=evict, place=place, scope=scope, synchronous=True)
+        assert_equal_decisions(measured, simulated)
+
+
 @pytest.mark.parametrize("slots", [1, 8])
 def test_logs_are_equal_with_the_fewest_and_the_most_slots(machine: Machine, slots: int) -> None:
     workload = lock_step(recorded(), 3)

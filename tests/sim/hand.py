@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from sim.controller import ExpertShape
 from sim.engine import Engine
-from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
+from sim.plan import COPY, CPU, EVICT, GPU, READ, LayerPlan, Operation
 from sim.results import RunResult
-from sim.run import build_controller, predictions_of, run_info, simulate
+from sim.run import build_controller, predictions_of, routings_of, run_info, simulate
 from sim.spec import HostSpec
 from sim.systems import Budget, SystemSpec
 from traces.schema import NOT_ROUTED, Trace, TraceHeader
 from traces.workload import Routing, Workload, lock_step, one_at_a_time, routings
 
-EXPERT_BYTES = 100
+EXPERT_BYTES, DEPTH = 100, 3
+HIDDEN_BYTES = 7
 
 
 def host(**seconds: Any) -> HostSpec:
@@ -39,16 +41,23 @@ class HandCosts:
     cpu_first: float = 0.0
     copy: float = 1.0
     copy_sizes: Mapping[int, float] = field(default_factory=dict)
+    back: float = 1.0
+    read: float = 1.0
+    cpu_dense: float = 1.0
+    chunk_bytes: int = 0
     lookahead: float = 0.0
     slow: Mapping[tuple[str, str], float] = field(default_factory=dict)
     host: HostSpec = field(default_factory=host)
     name: str = "by hand"
     notes: list[str] = field(default_factory=list)
 
-    def dense_s(self, tokens: int, context: int) -> float:
+    def dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
         return self.dense
 
-    def head_s(self, tokens: int, context: int) -> float:
+    def cpu_dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
+        return self.cpu_dense
+
+    def head_s(self, lanes: int, context: int, tokens: int = 0) -> float:
         return self.head
 
     def gpu_expert_s(self, tokens: int) -> float:
@@ -59,6 +68,15 @@ class HandCosts:
 
     def copy_s(self, size_bytes: int) -> float:
         return self.copy_sizes.get(size_bytes, self.copy)
+
+    def write_back_s(self, size_bytes: int) -> float:
+        return self.back
+
+    def read_s(self, size_bytes: int) -> float:
+        return self.read
+
+    def hidden_bytes(self, tokens: int) -> int:
+        return HIDDEN_BYTES * tokens
 
     def lookahead_s(self, depth: int) -> float:
         return self.lookahead * depth
@@ -95,19 +113,20 @@ def run(
     costs: HandCosts | None = None,
     *,
     staging: int = 2,
+    host_slots: int | None = None,
     closed: bool | None = None,
     **system: Any,
 ) -> RunResult:
     """A whole run with every table; ``closed`` picks one of the engine's two ways, None lets the engine choose."""
     workload = trace if isinstance(trace, Workload) else one_at_a_time(trace)
     costs = costs or HandCosts()
-    spec, budget = SystemSpec(**system), Budget(slots=slots, staging=staging)
+    spec, budget = SystemSpec(**system), Budget(slots=slots, staging=staging, host_slots=host_slots)
     if closed is None:
         return simulate(workload, spec, budget, costs, hardware="by hand")
     controller = build_controller(workload, spec, budget, costs)
     engine = Engine(controller, costs, closed_form=closed)
     predictions = predictions_of(workload.trace, spec.lookahead_depth)
-    engine.run(workload.steps, lambda step: routings(workload.trace, step), predictions)
+    engine.run(workload.steps, routings_of(workload.trace, scored="scores" in spec.needs), predictions)
     info = run_info("simulated", workload, controller, hardware="by hand", packages=("numpy", "simpy"))
     return engine.log.result(info.model_copy(update={"costs": costs.name, "notes": costs.notes}))
 
@@ -116,20 +135,24 @@ def gpu(number: int, expert: int, *after: int, layer: int = 0, tokens: int = 1) 
     return Operation(number, GPU, layer, expert, expert, tokens, 0, after)
 
 
-def cpu(number: int, expert: int, layer: int = 0) -> Operation:
-    return Operation(number, CPU, layer, expert, -1, 1, 0)
+def cpu(number: int, expert: int, *after: int, layer: int = 0) -> Operation:
+    return Operation(number, CPU, layer, expert, -1, 1, 0, after)
 
 
 def copy(number: int, expert: int, *after: int, layer: int = 0, size: int = EXPERT_BYTES) -> Operation:
     return Operation(number, COPY, layer, expert, expert, 0, size, after)
 
 
-def prefetch(number: int, expert: int, layer: int, size: int = EXPERT_BYTES) -> Operation:
-    return Operation(number, COPY, layer, expert, expert, 0, size, (), True)
+def prefetch(number: int, expert: int, layer: int, size: int = EXPERT_BYTES, after: tuple[int, ...] = ()) -> Operation:
+    return Operation(number, COPY, layer, expert, expert, 0, size, after, True)
 
 
-def evict(number: int, expert: int, layer: int = 0) -> Operation:
-    return Operation(number, EVICT, layer, expert, expert, 0, 0)
+def evict(number: int, expert: int, layer: int = 0, size: int = 0) -> Operation:
+    return Operation(number, EVICT, layer, expert, expert, 0, size)
+
+
+def read(number: int, expert: int, *after: int, layer: int = 0) -> Operation:
+    return Operation(number, READ, layer, expert, -1, 0, EXPERT_BYTES, after)
 
 
 class Script:
@@ -142,10 +165,14 @@ class Script:
         self,
         layers: Sequence[Sequence[Operation]],
         transfers: Mapping[int, Sequence[Operation]] | None = None,
+        on_cpu: Sequence[int] = (),
         **system: Any,
     ) -> None:
         prefetching = {"prefetch": "next-router"} if transfers else {}
         self.system = SystemSpec(**prefetching, **system)
+        self.shape = ExpertShape(len(layers), 4, 1, EXPERT_BYTES)
+        self.reads_disk = any(one.op == READ for operations in layers for one in operations)
+        self.layers_on_cpu = frozenset(on_cpu)
         self.arrived: list[int] = []
         self._layers, self._transfers = layers, {count: [*wanted] for count, wanted in (transfers or {}).items()}
         self._planned = 0
@@ -169,11 +196,12 @@ class Script:
         self.arrived.append(operation.id)
 
 
-Timeline = dict[tuple[str, str, int, int], tuple[float, float]]
+Row = tuple[str, str, int, int]
+"""(resource, kind, layer, expert)"""
 
 
-def play(script: Script, costs: HandCosts, *, closed: bool | None = None) -> Timeline:
-    """Runs one forward pass of the script's layers; (resource, kind, layer, expert) -> (start, end) in seconds."""
+def rows_of(script: Script, costs: HandCosts, *, closed: bool | None = None) -> dict[Row, list[tuple[float, float]]]:
+    """Runs one forward pass of the script's layers: when each piece of work began and ended, in seconds."""
     trace = trace_of([[[0]] * len(script._layers)])
     workload = one_at_a_time(trace)
     controller: Any = script
@@ -181,12 +209,19 @@ def play(script: Script, costs: HandCosts, *, closed: bool | None = None) -> Tim
     engine.run(workload.steps, lambda step: routings(trace, step), lambda step: ())
     real = build_controller(workload, SystemSpec(), Budget(slots=1), costs)
     events = engine.log.result(run_info("simulated", workload, real, hardware="by hand")).events
-    rows = events[["resource", "kind", "layer", "expert", "start_s", "end_s"]].itertuples(index=False)
-    times: Timeline = {}
-    for resource, kind, layer, expert, start_s, end_s in rows:
-        assert (resource, kind, layer, expert) not in times
-        times[resource, kind, layer, expert] = (start_s, end_s)
+    times: dict[Row, list[tuple[float, float]]] = {}
+    for *row, start_s, end_s in events[["resource", "kind", "layer", "expert", "start_s", "end_s"]].itertuples(
+        index=False
+    ):
+        times.setdefault(tuple(row), []).append((start_s, end_s))
     return times
+
+
+def play(script: Script, costs: HandCosts, *, closed: bool | None = None) -> dict[Row, tuple[float, float]]:
+    """The same where nothing is done in pieces."""
+    times = rows_of(script, costs, closed=closed)
+    assert all(len(pieces) == 1 for pieces in times.values())
+    return {row: pieces[0] for row, pieces in times.items()}
 
 
 def total_misses(result: RunResult) -> int:
@@ -200,7 +235,7 @@ def misses_by_step(result: RunResult) -> list[list[int]]:
 
 @st.composite
 def workloads(draw: st.DrawFn, *, batch: int | None = None, most_k: int = 4, prompts: bool = True) -> Workload:
-    """Small random workloads: prompts and decode tokens of a few sequences, some places not routed, look-ahead."""
+    """Small random workloads: prompts and new tokens of a few sequences, some places not routed, scores, look-ahead."""
     layers, experts = draw(st.integers(1, 3)), draw(st.integers(2, 6))
     top_k = draw(st.integers(1, min(most_k, experts)))
     sequences = draw(st.integers(1, 3))
@@ -209,8 +244,9 @@ def workloads(draw: st.DrawFn, *, batch: int | None = None, most_k: int = 4, pro
     rows = sequences * (prompt + new)
     ids = _distinct(rng, (rows, layers), experts, top_k)
     ids[rng.random((rows, layers, top_k)) < 0.1] = NOT_ROUTED
-    guesses = _distinct(rng, (rows, layers, 1), experts, top_k)
-    guesses[:, -1] = NOT_ROUTED
+    guesses = _distinct(rng, (rows, layers, DEPTH), experts, top_k)
+    ahead = np.arange(layers)[:, None] + np.arange(DEPTH) + 1
+    guesses[:, ahead >= layers] = NOT_ROUTED
     header = TraceHeader(
         model="random", layers=layers, experts=experts, top_k=top_k, expert_bytes=(EXPERT_BYTES,) * layers
     )
@@ -219,6 +255,7 @@ def workloads(draw: st.DrawFn, *, batch: int | None = None, most_k: int = 4, pro
         header,
         expert_ids=ids,
         lookahead=guesses,
+        scores=rng.dirichlet(np.ones(experts), (rows, layers)),
         token_ids=np.zeros(rows),
         sequence=np.repeat(np.arange(sequences), prompt + new),
         position=position,

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from sim.compiled.book import LEFT
 from sim.compiled.counts import COLUMNS
-from sim.compiled.kernel import LEFT
 from sim.policies import EVICTION, PolicyContext
 from sim.policies.base import NEVER
 from sim.replay import Capacity, Feed, Replay, Settings, replay

@@ -308,7 +308,7 @@ def test_a_hardware_file_is_read_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("bytes_per_s = 400e9", "bytes_per_s = -1"), r"gpu\.bytes_per_s must be greater than 0, got -1"),
+        (("bytes_per_s = 400e9", "bytes_per_s = -1"), r"gpu\.bytes_per_s must be greater than or equal to 1, got -1"),
         (("bytes_per_s = 400e9", "bytes_per_s = 'fast'"), r"gpu\.bytes_per_s must be a valid number.*got 'fast'"),
         (("bytes_per_s = 400e9", ""), r"gpu\.bytes_per_s must be given, got nothing"),
         (("bytes_per_s = 400e9", "bytes_per_s = 4e11\nspeed = 3"), r"gpu\.speed must be left out .*, got 3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.engine import BEFORE
-from sim.policies import EVICTION, PLACEMENT, PREFETCH
+from sim.policies import EVICTION, PLACEMENT, PREFETCH, EvictionPolicy
 from sim.replay.calibration import TraceCalibration
 from sim.replay.feed import Feed
 from sim.results import RunResult
@@ -28,7 +29,9 @@ PAIRS = [
 """Every eviction policy with a placement that uses the CPU and one that does not, and every placement with LRU."""
 
 EVERY = pytest.mark.parametrize(("evict", "place"), PAIRS, ids=[" ".join(names) for names in PAIRS])
-UNFITTED = [name for name in EVICTION if EVICTION[name].needs <= {"future"}]
+UNFITTED = [
+    name for name, kind in EVICTION.items() if kind.needs <= {"future"} and kind.preload is EvictionPolicy.preload
+]
 FORCED = [name for name in UNFITTED if not EVICTION[name].bypass]
 
 
@@ -240,11 +243,10 @@ def check_times(result: RunResult) -> None:
     """In time as well: a kernel runs after the copy that brought its expert, a copy after its slot's last read."""
     keys = ["step", "layer", "expert"]
     events = result.events[result.events["expert"] >= 0]
-    times = {
-        (kind, *where): (start_s, end_s)
-        for kind, *where, start_s, end_s in events[["kind", *keys, "start_s", "end_s"]].itertuples(index=False)
-        if kind != "expert"
-    }
+    copies = defaultdict[tuple[int, ...], list[tuple[float, float]]](list)  # an expert may be streamed, then prefetched
+    moved = events[events["kind"].isin(["copy", "prefetch"])].sort_values("start_s", kind="stable")
+    for *where, start_s, end_s in moved[[*keys, "start_s", "end_s"]].itertuples(index=False):
+        copies[*where].append((start_s, end_s))
     kernels = {
         tuple(where): (start_s, end_s)
         for *where, start_s, end_s in events.loc[events["resource"] == "gpu", [*keys, "start_s", "end_s"]].itertuples(
@@ -258,7 +260,7 @@ def check_times(result: RunResult) -> None:
         if row.step == BEFORE:
             arrived[row.slot] = 0.0
         elif row.op == "copy":
-            start_s, end_s = times.get(("copy", *where)) or times["prefetch", *where]
+            start_s, end_s = copies[where].pop(0)
             assert start_s >= read.get(row.slot, 0.0) - 1e-9
             arrived[row.slot] = end_s
         elif row.op == "gpu":

@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.costs import DENSE_KERNELS, EXPERT_KERNELS, RooflineCosts
+from sim.profile import ProfileCosts
 from sim.queues import is_contended
 from sim.spec import BITS_PER_WEIGHT, HardwareSpec, ModelSpec, catalogue
+from sim.spec.overrides import overridden
+from tests.sim.test_profile import profile as profile_by_hand
 from traces.errors import InputError
 
 MODEL = ModelSpec(
@@ -141,6 +144,21 @@ def test_pageable_memory_slows_the_bytes_and_not_the_fixed_cost() -> None:
     assert costs(link={**link, "pinned": True}).copy_s(5000) == pytest.approx(0.6)
 
 
+def test_the_way_back_is_as_fast_unless_it_has_a_rate_of_its_own() -> None:
+    assert costs(link={"latency_s": 0.5}).write_back_s(5000) == pytest.approx(0.6)
+    assert costs(link={"latency_s": 0.5, "back_bytes_per_s": 2.5e4}).write_back_s(5000) == pytest.approx(0.7)
+    slow = {"pinned": False, "pageable_efficiency": 0.25, "back_bytes_per_s": 2.5e4}
+    assert costs(link=slow).write_back_s(5000) == pytest.approx(0.8)
+    assert costs(link={"back_bytes_per_s": 2.5e4}).copy_s(5000) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("chunk_bytes", "chunks"), [(0, 1), (5000, 1), (4999, 2), (1000, 5), (1, 5000)])
+def test_every_chunk_of_a_copy_pays_the_fixed_cost(chunk_bytes: int, chunks: int) -> None:
+    chunked = costs(link={"latency_s": 0.5, "chunk_bytes": chunk_bytes})
+    assert chunked.copy_s(5000) == pytest.approx(chunks * 0.5 + 0.1)
+    assert chunked.write_back_s(5000) == pytest.approx(chunks * 0.5 + 0.1)
+
+
 def test_a_disk_reaches_less_in_small_reads() -> None:
     disk = {"name": "d", "source": "by hand", "bytes_per_s": 1e6, "latency_s": 0.5}
     reading = costs(disk=disk)
@@ -172,9 +190,23 @@ def test_copies_and_cpu_experts_share_the_memory(resource: str, others: set[str]
     assert is_contended(sharing)
 
 
+def test_what_is_written_to_memory_counts_too() -> None:
+    disk = {"name": "d", "source": "by hand", "bytes_per_s": 1e5}
+    sharing = costs(cpu={"shared_bytes_per_s": 1e5}, link={"back_bytes_per_s": 2.5e4}, disk=disk)
+    assert sharing.slowdown("link", frozenset({"link-back", "cpu"})) == pytest.approx(1.75)
+    assert sharing.slowdown("disk", frozenset({"cpu"})) == pytest.approx(2.0)
+    assert sharing.slowdown("link", frozenset({"link-back"})) == 1.0
+
+
 @pytest.mark.parametrize("shared_bytes_per_s", [0.0, 1.5e5, 1e9])
 def test_memory_that_suffices_for_both_slows_nothing(shared_bytes_per_s: float) -> None:
     assert not is_contended(costs(cpu={"shared_bytes_per_s": shared_bytes_per_s}))
+
+
+def test_new_mechanisms_of_the_link_are_set_on_the_command_line() -> None:
+    changed = overridden(machine(), {"link.chunk_bytes": 4194304.0, "link.back_gb_per_s": 6.0})
+    assert (changed.link.chunk_bytes, changed.link.back_bytes_per_s) == (4194304, 6e9)
+    assert RooflineCosts(MODEL, changed).chunk_bytes == 4194304
 
 
 @pytest.mark.parametrize("name", catalogue.hardware_names())
@@ -186,13 +218,46 @@ def test_a_layer_outside_its_experts_reads_its_weights_and_its_cache() -> None:
     weights = ATTENTION + 100 * (4 + 3 * 20 + 2)
     cache_bytes = 7 * 2 * 5 * 20 * 2
     assert costs().dense_s(1, 7) == pytest.approx((2 * weights + cache_bytes) / 1e6)
-    assert costs().dense_s(500, 7) == pytest.approx((2 * 500 * weights + 4 * 500 * 7 * 5 * 20) / 1e7)
+    assert costs().dense_s(1, 8) - costs().dense_s(1, 7) == pytest.approx(2 * 5 * 20 * 2 / 1e6), "the cache grows"
+
+
+def test_a_prompts_tokens_attend_to_those_before_them_and_to_themselves() -> None:
+    weights = ATTENTION + 100 * (4 + 3 * 20 + 2)
+    pairs = 1 + 2 + 3 + 4
+    bound = costs(gpu={"bytes_per_s": 1e12})  # by arithmetic alone
+    assert bound.dense_s(4, 4) == pytest.approx((2 * 4 * weights + 4 * pairs * 5 * 20) / 1e7)
+    assert bound.dense_s(4, 10) == pytest.approx((2 * 4 * weights + 4 * (7 + 8 + 9 + 10) * 5 * 20) / 1e7), "a chunk"
+    assert bound.dense_s(4, 4, 2) == pytest.approx((2 * 4 * weights + 4 * 2 * (3 + 4) * 5 * 20) / 1e7), "two lanes"
+    assert bound.dense_s(4, 4, 4) == pytest.approx((2 * 4 * weights + 4 * 4 * 4 * 5 * 20) / 1e7), "one token each"
+
+
+def test_every_lane_has_a_cache_of_its_own_to_read() -> None:
+    assert costs().dense_s(3, 7, 3) - costs().dense_s(3, 7, 1) == pytest.approx(2 * 7 * 2 * 5 * 20 * 2 / 1e6)
+
+
+def test_a_dense_part_on_the_cpu_has_the_same_work_and_no_launches() -> None:
+    weights = ATTENTION + 100 * (4 + 3 * 20 + 2)
+    cache_bytes = 7 * 2 * 5 * 20 * 2
+    slow = costs(gpu={"launch_s": 1.0}, cpu={"memory_efficiency": 0.5})
+    assert slow.cpu_dense_s(1, 7) == pytest.approx((2 * weights + cache_bytes) / 5e4)
+    assert costs(cpu={"bytes_per_s": 1e12}).cpu_dense_s(4, 4) == pytest.approx(
+        (2 * 4 * weights + 4 * 10 * 5 * 20) / 1e6
+    )
+    assert costs().hidden_bytes(3) == 3 * 100 * 2
+
+
+def test_shared_experts_are_a_part_of_the_dense_work() -> None:
+    without = MODEL.model_copy(update={"shared_width": 0})
+    assert costs().dense_s(1, 7) - costs(without).dense_s(1, 7) == pytest.approx(2 * 3 * 100 * 20 / 1e6)
+    assert costs().gpu_expert_s(1) == costs(without).gpu_expert_s(1)
 
 
 def test_the_head_holds_the_dense_layers_and_the_vocabulary() -> None:
     layer = ATTENTION + 100 * (3 * 40 + 2)
     cache_bytes = 7 * 2 * 5 * 20 * 2
     assert costs().head_s(1, 7) == pytest.approx((2 * 100 * 1000 + 2 * layer + cache_bytes) / 1e6)
+    prompt_s = (2 * 500 * layer + 4 * (500 * 501 // 2) * 5 * 20) / 1e7
+    assert costs().head_s(1, 500, 500) == pytest.approx(2 * 100 * 1000 / 1e6 + prompt_s), "one token to the head"
 
 
 def test_two_matrices_halve_and_more_the_feed_forward_parts_alike() -> None:
@@ -220,6 +285,15 @@ def test_more_tokens_never_take_less_time(hardware: str, model: str, tokens: int
     roofline = RooflineCosts(catalogue.model(model), catalogue.hardware(hardware))
     for ask in (roofline.gpu_expert_s, lambda n: roofline.cpu_expert_s(n, False), lambda n: roofline.dense_s(n, 64)):
         assert 0 < ask(tokens) <= ask(tokens + 1) <= (tokens + 1) / tokens * ask(tokens)
+
+
+def test_a_profile_refuses_what_it_has_not_measured() -> None:
+    profile = ProfileCosts(profile_by_hand())
+    with pytest.raises(InputError, match="dense_follows must be false with a profile"):
+        profile.cpu_dense_s(1, 1)
+    with pytest.raises(InputError, match="host_slots must be left out with a profile"):
+        profile.read_s(1)
+    assert profile.write_back_s(1000) == profile.copy_s(1000)
 
 
 def test_a_roofline_has_nothing_to_note() -> None:

@@ -177,17 +177,17 @@ DECIDING = {
     "a key that is missing": (
         "    def key(self, block):\n        return None\n",
         "policy_file must return keys that are numbers, got None",
-        "(my.py:Mine, keys)",
+        "(my.py:Mine, key)",
     ),
     "a key that is a pair": (
         "    def key(self, block):\n        return (0, block)\n",
         "policy_file must return keys that are numbers, got (0, ",
-        "(my.py:Mine, keys)",
+        "(my.py:Mine, key)",
     ),
     "a key that is nan": (
         "    def key(self, block):\n        return float('nan')\n",
         "policy_file must return keys that can be compared, got nan",
-        "(my.py:Mine, keys)",
+        "(my.py:Mine, key)",
     ),
     "another block": (
         "    def order(self, blocks, recency):\n        return [99, *blocks]\n",
@@ -247,9 +247,9 @@ def test_what_goes_wrong_while_deciding_is_told_in_one_line(
         ("name = 'a\\nb'", "have a name that is text, in one line, got 'a\\nb' in my.py:Mine"),
         ("needs = None", "have needs that are a set, got None in my.py:Mine"),
         ("needs = 'scores'", "have needs that are a set, got 'scores' in my.py:Mine"),
-        ("needs = {'scores', 'luck'}", "need nothing but scores, future, calibration in a replay, got 'luck' in "),
-        ("needs = {'lookahead'}", "need nothing but scores, future, calibration in a replay, got 'lookahead' in "),
-        ("needs = {5, 'x'}", "need nothing but scores, future, calibration in a replay, got 'x' in my.py:Mine"),
+        ("needs = {'scores', 'luck'}", "need nothing but scores, future, calibration, got 'luck' in "),
+        ("needs = {'lookahead'}", "need nothing but scores, future, calibration, got 'lookahead' in "),
+        ("needs = {5, 'x'}", "need nothing but scores, future, calibration, got 'x' in my.py:Mine"),
         ("bypass = 1", "have True or False as bypass, got 1 in my.py:Mine"),
         ("misses_first = None", "have True or False as misses_first, got None in my.py:Mine"),
         ("by_recency = 'no'", "have True or False as by_recency, got 'no' in my.py:Mine"),

@@ -5,6 +5,7 @@ Unless a test says otherwise, a dense part and an expert take 1 s, a copy 1 s, a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,28 +14,60 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sim.engine import BEFORE
 from sim.policies import EVICTION, PLACEMENT, PREFETCH
 from sim.results import COLUMNS, RunResult
-from tests.sim.hand import HandCosts, Script, copy, cpu, evict, gpu, host, play, prefetch, run, trace_of, workloads
+from sim.systems import SystemSpec
+from tests.sim.hand import (
+    EXPERT_BYTES,
+    HandCosts,
+    Script,
+    copy,
+    cpu,
+    evict,
+    gpu,
+    host,
+    play,
+    prefetch,
+    read,
+    rows_of,
+    run,
+    trace_of,
+    workloads,
+)
 from traces.workload import Workload
 
 BOTH_WAYS = pytest.mark.parametrize("closed", [True, False], ids=["closed form", "events"])
 SYSTEMS = st.fixed_dictionaries(
     {
-        "evict": st.sampled_from([name for name, kind in EVICTION.items() if kind.needs <= {"future"}]),
+        "evict": st.sampled_from([name for name, kind in EVICTION.items() if "calibration" not in kind.needs]),
         "place": st.sampled_from([*PLACEMENT]),
-        "prefetch": st.sampled_from([*PREFETCH]),
+        "prefetch": st.sampled_from([name for name, kind in PREFETCH.items() if "calibration" not in kind.needs]),
         "scope": st.sampled_from(["layer", "global"]),
         "synchronous": st.booleans(),
+        "write_back": st.booleans(),
     }
 )
+PLACED = st.tuples(SYSTEMS, st.booleans()).map(lambda drawn: {**drawn[0], "dense_follows": drawn[1]})
+"""The same, some with dense work on the CPU."""
+HOST_SLOTS = st.none() | st.integers(1, 18)
+"""None: the host's memory holds all experts."""
+DYADIC = st.sampled_from([0.25, 0.75, 1.0, 1.25, 3.125, 8.0])
+"""Seconds whose sums are exact, so that two machines that add them up in different orders agree on what is equal."""
+
+
+ODD, SOON = st.sampled_from([0.25, 0.7, 1.0, 1.3, 3.1, 8.0]), st.sampled_from([0.0, 0.1, 0.9])
 
 
 @st.composite
-def some_costs(draw: st.DrawFn, *, slow: bool = False) -> HandCosts:
-    """Costs of a few odd numbers, so that times are seldom equal by chance."""
-    second = st.sampled_from([0.25, 0.7, 1.0, 1.3, 3.1, 8.0])
-    idle = st.sampled_from([0.0, 0.1, 0.9])
+def some_costs(
+    draw: st.DrawFn,
+    *,
+    slow: bool = False,
+    second: st.SearchStrategy[float] = ODD,
+    idle: st.SearchStrategy[float] = SOON,
+) -> HandCosts:
+    """Costs of a few odd numbers, so that times are seldom equal by chance, unless others are given."""
     factors = {pair: draw(st.sampled_from([1.0, 1.5, 2.0])) for pair in (("gpu", "link"), ("link", "cpu"))}
     return HandCosts(
         dense=draw(second),
@@ -44,6 +77,9 @@ def some_costs(draw: st.DrawFn, *, slow: bool = False) -> HandCosts:
         cpu=draw(second),
         cpu_first=draw(idle),
         copy=draw(second),
+        back=draw(second),
+        read=draw(second),
+        cpu_dense=draw(second),
         lookahead=draw(idle),
         slow=factors if slow else {},
         host=host(
@@ -155,12 +191,77 @@ def test_synchronous_mode_does_one_thing_at_a_time(closed: bool) -> None:
     assert times["gpu", "head", 1, -1] == (12, 13)
 
 
+# Beside the link: write-backs, reads from a disk, layers on the CPU.
+
+
+@BOTH_WAYS
+def test_a_write_back_has_a_direction_of_its_own_and_only_the_copy_into_its_slot_waits(closed: bool) -> None:
+    plan = [evict(1, 2, size=100), evict(2, 3, size=100), copy(3, 0), copy(4, 1, 1), gpu(5, 0, 3), gpu(6, 1, 4)]
+    times = play(Script([plan, []], write_back=True), HandCosts(copy=2, back=4), closed=closed)
+    assert times["link-back", "write-back", 0, 2] == (1, 5)
+    assert times["link-back", "write-back", 0, 3] == (5, 9)
+    assert times["link", "copy", 0, 0] == (1, 3)
+    assert times["link", "copy", 0, 1] == (5, 7)
+    assert times["gpu", "expert", 0, 1] == (7, 8)
+    assert times["gpu", "dense", 1, -1] == (8, 9)  # nobody waits for the second write-back
+
+
+@BOTH_WAYS
+def test_a_copy_may_wait_for_a_write_back_of_an_earlier_layer(closed: bool) -> None:
+    layers = [[evict(1, 2, size=100), gpu(2, 0)], [copy(3, 1, 1, layer=1), gpu(4, 1, 3, layer=1)]]
+    times = play(Script(layers, write_back=True), HandCosts(back=9), closed=closed)
+    assert times["link-back", "write-back", 0, 2] == (1, 10)
+    assert times["gpu", "dense", 1, -1] == (2, 3)
+    assert times["link", "copy", 1, 1] == (10, 11)
+
+
+@BOTH_WAYS
+def test_copies_and_cpu_experts_wait_for_the_disk(closed: bool) -> None:
+    plan = [read(1, 0), cpu(2, 0, 1), cpu(3, 3), read(4, 1, 2), copy(5, 1, 4), copy(6, 2), gpu(7, 1, 5)]
+    times = play(Script([plan]), HandCosts(read=4, cpu=2, cpu_first=0.5), closed=closed)
+    assert times["disk", "read", 0, 0] == (1, 5)
+    assert times["cpu", "expert", 0, 0] == (5, 7.5)
+    assert times["cpu", "expert", 0, 3] == (7.5, 9.5)  # in order, though its weights were there
+    assert times["disk", "read", 0, 1] == (7.5, 11.5)  # into the room that the CPU was reading
+    assert times["link", "copy", 0, 1] == (11.5, 12.5)
+    assert times["link", "copy", 0, 2] == (12.5, 13.5)
+    assert times["gpu", "expert", 0, 1] == (12.5, 13.5)
+
+
+@BOTH_WAYS
+def test_a_layer_on_the_cpu_takes_its_dense_part_along_and_the_hidden_state_crosses(closed: bool) -> None:
+    layers = [[gpu(1, 0)], [cpu(2, 0, layer=1), cpu(3, 1, layer=1)], [cpu(4, 0, layer=2)], [gpu(5, 0, layer=3)]]
+    costs = HandCosts(
+        cpu=2, cpu_first=0.5, cpu_dense=3, copy_sizes={7: 0.25}, back=0.125, host=host(layer_s=1, readback_s=0.5)
+    )
+    times = play(Script(layers, on_cpu=[1, 2], dense_follows=True), costs, closed=closed)
+    assert times["gpu", "expert", 0, 0] == (2.5, 3.5)
+    assert times["link-back", "hidden", 1, -1] == (3.5, 3.625)  # dispatched from 2.5 to 3.5
+    assert times["cpu", "dense", 1, -1] == (3.625, 6.625)
+    assert times["cpu", "expert", 1, 0] == (6.625, 8.625)  # nothing is handed over, nor read back
+    assert times["cpu", "expert", 1, 1] == (8.625, 10.625)
+    assert times["cpu", "dense", 2, -1] == (10.625, 13.625)
+    assert times["link", "hidden", 3, -1] == (15.625, 15.875)
+    assert times["gpu", "dense", 3, -1] == (15.875, 16.875)
+    assert times["gpu", "expert", 3, 0] == (17.375, 18.375)
+
+
+@BOTH_WAYS
+def test_a_last_layer_on_the_cpu_sends_its_result_to_the_head(closed: bool) -> None:
+    costs = HandCosts(cpu_dense=3, copy_sizes={7: 0.25})
+    times = play(Script([[cpu(1, 0)]], on_cpu=[0], dense_follows=True), costs, closed=closed)
+    assert times["cpu", "dense", 0, -1] == (0, 3)  # the first layer begins where it is
+    assert times["link", "hidden", 1, -1] == (4, 4.25)
+    assert times["gpu", "head", 1, -1] == (4.25, 5.25)
+
+
 # Prefetch: layer 0 reads expert 0, layer 1 the others; (1, expert) is what is prefetched.
 
 
-def test_a_late_prefetch_is_waited_for_and_no_other_copy_is() -> None:
+@BOTH_WAYS
+def test_a_late_prefetch_is_waited_for_and_no_other_copy_is(closed: bool) -> None:
     script = Script([[gpu(1, 0)], [gpu(2, 1, 90, layer=1)]], {1: [prefetch(90, 1, 1), prefetch(91, 2, 1)]})
-    times = play(script, HandCosts(copy=8))
+    times = play(script, HandCosts(copy=8), closed=closed)
     assert times["link", "prefetch", 1, 1] == (1, 9)
     assert times["gpu", "expert", 1, 1] == (9, 10)
     assert times["link", "prefetch", 1, 2] == (9, 17)
@@ -168,10 +269,11 @@ def test_a_late_prefetch_is_waited_for_and_no_other_copy_is() -> None:
     assert script.arrived == [90]
 
 
-def test_a_queued_prefetch_that_is_demanded_is_promoted() -> None:
+@BOTH_WAYS
+def test_a_queued_prefetch_that_is_demanded_is_promoted(closed: bool) -> None:
     wanted = [prefetch(90, 1, 1), prefetch(91, 2, 1)]
     layers = [[gpu(1, 0)], [copy(2, 3, layer=1), gpu(3, 2, 91, layer=1), gpu(4, 3, 2, layer=1)]]
-    times = play(Script(layers, {1: wanted}), HandCosts(copy=8))
+    times = play(Script(layers, {1: wanted}), HandCosts(copy=8), closed=closed)
     assert times["link", "prefetch", 1, 1] == (1, 9)
     assert times["link", "prefetch", 1, 2] == (9, 17)  # before the demand copy, which was submitted later
     assert times["link", "copy", 1, 3] == (17, 25)
@@ -179,18 +281,20 @@ def test_a_queued_prefetch_that_is_demanded_is_promoted() -> None:
     assert times["gpu", "expert", 1, 3] == (25, 26)
 
 
-def test_a_demand_copy_overtakes_queued_prefetches() -> None:
+@BOTH_WAYS
+def test_a_demand_copy_overtakes_queued_prefetches(closed: bool) -> None:
     wanted = [prefetch(90, 1, 1), prefetch(91, 2, 1)]
     layers = [[gpu(1, 0)], [copy(2, 3, layer=1), gpu(3, 3, 2, layer=1)]]
-    times = play(Script(layers, {1: wanted}), HandCosts(copy=8))
+    times = play(Script(layers, {1: wanted}), HandCosts(copy=8), closed=closed)
     assert times["link", "copy", 1, 3] == (9, 17)
     assert times["link", "prefetch", 1, 2] == (17, 25)
 
 
-def test_two_demands_behind_a_long_copy_wait_in_order_and_do_not_interrupt_it() -> None:
+@BOTH_WAYS
+def test_two_demands_behind_a_long_copy_wait_in_order_and_do_not_interrupt_it(closed: bool) -> None:
     layers = [[gpu(1, 0)], [copy(2, 3, layer=1), copy(3, 4, layer=1), gpu(4, 3, 2, layer=1), gpu(5, 4, 3, layer=1)]]
     costs = HandCosts(copy=2, copy_sizes={1000: 50})
-    times = play(Script(layers, {1: [prefetch(90, 1, 1, size=1000)]}), costs)
+    times = play(Script(layers, {1: [prefetch(90, 1, 1, size=1000)]}), costs, closed=closed)
     assert times["link", "prefetch", 1, 1] == (1, 51)
     assert times["link", "copy", 1, 3] == (51, 53)
     assert times["link", "copy", 1, 4] == (53, 55)
@@ -198,10 +302,67 @@ def test_two_demands_behind_a_long_copy_wait_in_order_and_do_not_interrupt_it() 
     assert times["gpu", "expert", 1, 4] == (55, 56)
 
 
-def test_prefetches_fill_the_link_while_the_host_waits() -> None:
+@BOTH_WAYS
+def test_prefetches_fill_the_link_while_the_host_waits(closed: bool) -> None:
     wanted = [prefetch(90 + n, n, 1) for n in range(5)]
-    times = play(Script([[gpu(1, 0)], [gpu(2, 0, layer=1)]], {1: wanted}), HandCosts(gpu=3, copy=1))
+    times = play(Script([[gpu(1, 0)], [gpu(2, 0, layer=1)]], {1: wanted}), HandCosts(gpu=3, copy=1), closed=closed)
     assert [times["link", "prefetch", 1, n] for n in range(5)] == [(1 + n, 2 + n) for n in range(5)]
+
+
+@BOTH_WAYS
+def test_a_prefetch_waits_for_the_write_back_from_its_slot(closed: bool) -> None:
+    wanted = [evict(90, 3, layer=1, size=100), prefetch(91, 1, 1, after=(90,)), prefetch(92, 2, 1)]
+    layers = [[gpu(1, 0)], [copy(2, 0, layer=1), gpu(3, 0, 2, layer=1)]]
+    times = play(Script(layers, {1: wanted}, write_back=True), HandCosts(back=4, copy=2), closed=closed)
+    assert times["link-back", "write-back", 1, 3] == (1, 5)
+    assert times["link", "copy", 1, 0] == (3, 5)
+    assert times["link", "prefetch", 1, 1] == (5, 7)
+    assert times["link", "prefetch", 1, 2] == (7, 9)
+
+
+# Chunks: a prefetch of 8 s makes way for a demand where a chunk ends.
+
+
+def chunked(layers: Any, wanted: Any, **costs: float) -> dict[tuple[str, str, int, int], list[tuple[float, float]]]:
+    """All rows of a run in chunks of 2 s."""
+    hand = HandCosts(copy=8, copy_sizes={25: 2}, chunk_bytes=25, **costs)
+    return rows_of(Script(layers, {1: wanted}), hand)
+
+
+def test_a_prefetch_makes_way_for_a_demand_at_the_end_of_a_chunk() -> None:
+    layers = [[gpu(1, 0)], [copy(2, 3, layer=1), gpu(3, 3, 2, layer=1)]]
+    times = chunked(layers, [prefetch(90, 1, 1), prefetch(91, 2, 1)], gpu=2.5)
+    assert times["gpu", "dense", 1, -1] == [(3.5, 4.5)]
+    assert times["link", "copy", 1, 3] == [(5, 13)]
+    assert times["link", "prefetch", 1, 1] == [(1, 5), (13, 17)]
+    assert times["link", "prefetch", 1, 2] == [(17, 25)]
+
+
+def test_a_demand_at_the_very_end_of_a_chunk_need_not_wait_for_another() -> None:
+    layers = [[gpu(1, 0)], [copy(2, 3, layer=1), gpu(3, 3, 2, layer=1)]]
+    times = chunked(layers, [prefetch(90, 1, 1)], gpu=3)
+    assert times["link", "prefetch", 1, 1] == [(1, 5), (13, 17)]
+    assert times["link", "copy", 1, 3] == [(5, 13)]
+
+
+def test_a_prefetch_that_is_waited_for_does_not_make_way() -> None:
+    layers = [[gpu(1, 0)], [copy(2, 3, layer=1), gpu(3, 1, 90, layer=1), gpu(4, 3, 2, layer=1)]]
+    times = chunked(layers, [prefetch(90, 1, 1)])
+    assert times["link", "prefetch", 1, 1] == [(1, 9)]
+    assert times["link", "copy", 1, 3] == [(9, 17)]
+
+
+def test_the_last_chunk_is_brought_to_its_end() -> None:
+    layers = [[gpu(1, 0)], [copy(2, 3, layer=1), gpu(3, 3, 2, layer=1)]]
+    times = chunked(layers, [prefetch(90, 1, 1)], gpu=5.5)
+    assert times["link", "prefetch", 1, 1] == [(1, 9)]
+    assert times["link", "copy", 1, 3] == [(9, 17)]
+
+
+def test_whole_copies_are_never_interrupted() -> None:
+    layers = [[gpu(1, 0)], [copy(2, 3, layer=1), gpu(3, 3, 2, layer=1)]]
+    times = play(Script(layers, {1: [prefetch(90, 1, 1)]}), HandCosts(copy=8), closed=False)
+    assert times["link", "prefetch", 1, 1] == (1, 9)
 
 
 # Contention: two busy resources slow each other down by the factors given.
@@ -213,6 +374,15 @@ def test_two_resources_slow_each_other_down_while_both_are_busy() -> None:
     assert times["link", "copy", 0, 1] == pytest.approx((1, 5.5))  # 3 s at 2/3
     assert times["gpu", "expert", 0, 0] == pytest.approx((1, 9.25))  # 4.5 s at 1/2, then 3.75 s alone
     assert times["gpu", "expert", 0, 1] == pytest.approx((9.25, 15.25))
+
+
+def test_copies_and_cpu_experts_that_share_the_memory_both_slow_down() -> None:
+    """Both ask for 1.5 times what the memory gives, until the CPU's expert has ended."""
+    slow = {("link", "cpu"): 1.5, ("cpu", "link"): 1.5}
+    times = play(Script([[cpu(1, 1), copy(2, 0), gpu(3, 0, 2)]]), HandCosts(cpu=4, copy=6, slow=slow))
+    assert times["cpu", "expert", 0, 1] == pytest.approx((1, 7))
+    assert times["link", "copy", 0, 0] == pytest.approx((1, 9))  # 4 s of work in 6 s, then 2 s alone
+    assert times["gpu", "expert", 0, 0] == pytest.approx((9, 10))
 
 
 def test_a_rate_changes_whenever_the_other_starts_or_stops() -> None:
@@ -244,12 +414,13 @@ def events_of(result: RunResult, resource: str) -> pd.DataFrame:
 
 
 @settings(max_examples=60)
-@given(workloads(), st.integers(1, 6), SYSTEMS, some_costs(slow=True))
+@given(workloads(), st.integers(1, 6), HOST_SLOTS, PLACED, some_costs(slow=True), st.booleans())
 def test_no_resource_does_two_things_at_once(
-    workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts
+    workload: Workload, slots: int, host_slots: int | None, system: dict[str, Any], costs: HandCosts, chunks: bool
 ) -> None:
-    result = run(workload, slots, costs, **system)
-    for resource in ("gpu", "link", "cpu", "host"):
+    chunked = {"chunk_bytes": 30, "copy_sizes": {30: costs.copy / 3}} if chunks else {}
+    result = run(workload, slots, replace(costs, **chunked), host_slots=host_slots, **system)
+    for resource in ("gpu", "link", "cpu", "host", "link-back", "disk"):
         rows = events_of(result, resource)
         assert (rows["start_s"].to_numpy()[1:] >= rows["end_s"].to_numpy()[:-1] - 1e-9).all(), resource
     if system["synchronous"]:
@@ -258,22 +429,25 @@ def test_no_resource_does_two_things_at_once(
 
 
 @settings(max_examples=60)
-@given(workloads(), st.integers(1, 6), SYSTEMS, some_costs())
+@given(workloads(), st.integers(1, 6), HOST_SLOTS, SYSTEMS, some_costs())
 def test_busy_time_is_the_sum_of_the_work_and_a_bound_on_the_makespan(
-    workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts
+    workload: Workload, slots: int, host_slots: int | None, system: dict[str, Any], costs: HandCosts
 ) -> None:
-    result = run(workload, slots, costs, **system)
+    result = run(workload, slots, costs, host_slots=host_slots, **system)
     steps, layers = len(workload), workload.trace.header.layers
-    operations = result.operations
+    operations = result.operations[result.operations["step"] != BEFORE]
     kernels = operations[operations["op"] == "gpu"]
-    depth = 1 if system["prefetch"] == "next-router" and not system["synchronous"] else 0
+    depth = SystemSpec(**system).lookahead_depth
     dense_s = steps * layers * (costs.dense + depth * costs.lookahead) + steps * costs.head
     gpu_s = dense_s + len(kernels) * costs.gpu + kernels["tokens"].sum() * costs.gpu_token
     on_cpu = operations[operations["op"] == "cpu"]
     cpu_s = len(on_cpu) * costs.cpu + len(on_cpu.drop_duplicates(["step", "layer"])) * costs.cpu_first
     link_s = (operations["op"] == "copy").sum() * costs.copy
+    back_s = (operations[operations["op"] == "evict"]["bytes"] > 0).sum() * costs.back
+    disk_s = (operations["op"] == "read").sum() * costs.read
     end_s = result.events["end_s"].max()
-    for resource, expected in (("gpu", gpu_s), ("cpu", cpu_s), ("link", link_s)):
+    busy = {"gpu": gpu_s, "cpu": cpu_s, "link": link_s, "link-back": back_s, "disk": disk_s}
+    for resource, expected in busy.items():
         rows = events_of(result, resource)
         busy_s = float((rows["end_s"] - rows["start_s"]).sum())
         assert busy_s == pytest.approx(expected, rel=1e-9, abs=1e-9), resource
@@ -285,7 +459,26 @@ def test_busy_time_is_the_sum_of_the_work_and_a_bound_on_the_makespan(
 
 
 @settings(max_examples=60)
-@given(workloads(), st.integers(1, 6), SYSTEMS, some_costs(slow=True))
+@given(workloads(), st.integers(1, 6), st.none() | st.integers(1, 18), SYSTEMS)
+def test_bytes_are_loads_times_size_and_write_backs(
+    workload: Workload, slots: int, host_slots: int | None, system: dict[str, Any]
+) -> None:
+    result = run(workload, slots, host_slots=host_slots, **system)
+    operations = result.operations
+    moved = operations.groupby("op")["bytes"].sum()
+    count = operations.groupby("op")["n"].count()
+    assert moved.get("copy", 0) == count.get("copy", 0) * EXPERT_BYTES
+    assert moved.get("evict", 0) == system["write_back"] * count.get("evict", 0) * EXPERT_BYTES
+    assert moved.get("read", 0) == count.get("read", 0) * EXPERT_BYTES
+    rows = result.events.groupby("kind")["step"].count()
+    later = operations[operations["step"] != BEFORE].groupby("op")["n"].count()
+    assert rows.get("copy", 0) + rows.get("prefetch", 0) == later.get("copy", 0)
+    assert rows.get("write-back", 0) == system["write_back"] * later.get("evict", 0)
+    assert rows.get("read", 0) == later.get("read", 0)
+
+
+@settings(max_examples=60)
+@given(workloads(), st.integers(1, 6), PLACED, some_costs(slow=True))
 def test_the_components_of_a_layer_add_up_to_its_time(
     workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts
 ) -> None:
@@ -304,16 +497,26 @@ def test_a_run_is_repeatable(workload: Workload, slots: int, system: dict[str, A
 
 
 @settings(max_examples=150)
-@given(workloads(), st.integers(1, 6), SYSTEMS, some_costs())
+@given(workloads(), st.integers(1, 6), HOST_SLOTS, PLACED, some_costs())
 def test_the_closed_form_and_the_events_tell_the_same_story(
-    workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts
+    workload: Workload, slots: int, host_slots: int | None, system: dict[str, Any], costs: HandCosts
 ) -> None:
     without = {**system, "prefetch": "none"}
-    closed, events = (run(workload, slots, costs, closed=way, **without) for way in (True, False))
+    assert_same_story(workload, slots, costs, host_slots=host_slots, **without)
+
+
+@settings(max_examples=150)
+@given(workloads(), st.integers(1, 6), SYSTEMS, some_costs(second=DYADIC, idle=st.sampled_from([0.0, 0.25, 1.0])))
+def test_they_agree_on_prefetches_too(workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts) -> None:
+    assert_same_story(workload, slots, costs, **{**system, "synchronous": False})
+
+
+def assert_same_story(workload: Workload, slots: int, costs: HandCosts, **system: Any) -> None:
+    closed, events = (run(workload, slots, costs, closed=way, **system) for way in (True, False))
     for name in COLUMNS:
         left, right = (getattr(result, name) for result in (closed, events))
         if name == "events":
-            left, right = (rows.sort_values([*COLUMNS[name][:5]], ignore_index=True) for rows in (left, right))
+            left, right = (rows.sort_values([*COLUMNS[name]], ignore_index=True) for rows in (left, right))
         pd.testing.assert_frame_equal(left, right, rtol=1e-12, atol=1e-12, check_exact=False)
 
 

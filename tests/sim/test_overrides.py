@@ -89,7 +89,25 @@ def test_handy_units(field: str, name: str, scale: float) -> None:
     ("changes", "message"),
     [
         ({"link_gbps": 1}, r"hardware setting must be a known name, got 'link_gbps' \(did you mean link_gb_per_s"),
-        ({"link.gb_per_s": 0.0}, "^link_gb_per_s must be greater than 0, got 0$"),
+        ({"link.gb_per_s": 0.0}, "^link_gb_per_s must be greater than or equal to 1e-09, got 0$"),
+        ({"link.gb_per_s": 1e300}, r"^link_gb_per_s must be less than or equal to 1000000000, got 1e\+300$"),
+        ({"link.gb_per_s": -1e300}, r"^link_gb_per_s must be greater than or equal to 1e-09, got -1e\+300$"),
+        ({"link.bytes_per_s": 1e19}, r"^link_bytes_per_s must be less than or equal to 10{18}, got 1e\+19$"),
+        ({"link_latency_us": 1e308}, r"^link_latency_us must be less than or equal to 3600000000, got 1e\+308$"),
+        ({"link_latency_us": -1.0}, "^link_latency_us must be greater than or equal to 0, got -1$"),
+        ({"gpu_memory_gb": 1e300}, r"^gpu_memory_gb must be less than or equal to 1000000000, got 1e\+300$"),
+        (
+            {"gpu_memory_efficiency": 1e-9},
+            "^gpu_memory_efficiency must be greater than or equal to 0.000001, got 1e-09$",
+        ),
+        (
+            {"cpu_int8_tops_per_s": 1e-20},
+            r"^cpu_int8_tops_per_s must be valid \(0, or at least 1 a second\), got 1e-20$",
+        ),
+        (
+            {"cpu_shared_bytes_per_s": 0.5},
+            r"^cpu_shared_bytes_per_s must be valid \(0, or at least 1 a second\), got 0.5$",
+        ),
         ({"link_gb_per_s": "fast"}, "^link_gb_per_s must be a valid number.*, got fast$"),
         ({"gpu_memory_gb": float("inf")}, "^gpu_memory_gb must be a finite number, got inf$"),
         ({"gpu_memory_gb": float("nan")}, "^gpu_memory_gb must be a finite number, got nan$"),
@@ -129,6 +147,10 @@ def test_fields_of_a_model_are_changed_by_name() -> None:
         ({"expert_byte": 1}, r"model setting must be a known name, got 'expert_byte' \(did you mean expert_bytes"),
         ({"expert_bytes": 0}, "^expert_bytes must be greater than 0, got 0$"),
         ({"expert_bytes": "small"}, "^expert_bytes must be a valid number.*, got small$"),
+        ({"expert_bytes": 1e300}, r"^expert_bytes must be at most 68719476736, got 1e\+300$"),
+        ({"expert_bits": 1e308}, r"^expert_bits must be less than or equal to 10{12}, got"),
+        ({"expert_bits": 1e9}, r"^expert_bytes must be at most 68719476736, got \d+$"),
+        ({"hidden": 1e18}, "^hidden must be less than or equal to 10{12}, got"),
         ({"experts": 3}, "^top_k must be at most experts 3, got 4$"),
         ({"layers": 24.5}, "^layers must be a valid integer.*, got 24.5$"),
         ({"dtype": "fp4"}, r"^dtype must be a known name, got 'fp4' \(did you mean mxfp4"),
@@ -199,7 +221,7 @@ def test_a_machine_file_may_name_parts_of_the_catalogue_and_files_beside_it(here
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (CPU.replace("30e9", "-1"), "^mycpu.toml: bytes_per_s must be greater than 0, got -1"),
+        (CPU.replace("30e9", "-1"), "^mycpu.toml: bytes_per_s must be greater than or equal to 1, got -1"),
         (CPU.replace("30e9", "inf"), "^mycpu.toml: bytes_per_s must be a finite number, got inf"),
         (CPU + "cores = 3\n", r"^mycpu.toml: cores must be left out \(no such field\), got 3"),
         ("bytes_per_s = 1\n", "^mycpu.toml: source must be given, got nothing"),

@@ -1,61 +1,17 @@
-"""Placements: schedules worked out by hand, the paper's own cases, and the laws that every assignment keeps."""
+"""Placements: schedules worked out by hand, and the papers' own cases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import permutations, product
+from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sim.policies import PLACEMENT, LayerView, PlacementPolicy, PolicyContext
+from sim.policies import LayerView
 from sim.policies.base import Assignment
-from sim.policies.place import HybriMoe, Optimal
 from sim.policies.place.hybrimoe import assignment_of
-from sim.policies.place.split import Scheduled, makespan_s, split
-
-SCHEDULED = [name for name, kind in PLACEMENT.items() if issubclass(kind, Scheduled)]
-
-
-def policy(name: str, **options: Any) -> PlacementPolicy:
-    return PLACEMENT[name](PolicyContext(layers=1, experts=64, top_k=6, options=options))
-
-
-def hybrimoe(**options: Any) -> HybriMoe:
-    return HybriMoe(PolicyContext(layers=1, experts=64, top_k=6, options=options))
-
-
-def optimal() -> Optimal:
-    return Optimal(PolicyContext(layers=1, experts=64, top_k=6))
-
-
-def view(
-    hits: Mapping[int, int] | None = None,
-    misses: Mapping[int, int] | None = None,
-    late: Mapping[int, int] | None = None,
-    *,
-    gpu: float = 1.0,
-    cpu: float = 1.0,
-    first: float = 0.0,
-    copy: float = 1.0,
-    **fields: Any,
-) -> LayerView:
-    """A layer of expert -> tokens: ``gpu`` an expert, ``cpu`` a token and ``first`` once, ``copy`` a copy; prefetches
-    arrive one after the other, in order of load."""
-
-    def ordered(loads: Mapping[int, int] | None) -> tuple[tuple[int, int], ...]:
-        return tuple(sorted((loads or {}).items(), key=lambda load: (-load[1], load[0])))
-
-    prefetched = ordered(late)
-    arrivals_s = tuple(copy * place for place in range(1, len(prefetched) + 1))
-    given_fields = {"free_slots": 0, "late": prefetched, "arrivals_s": arrivals_s, **fields}
-    costs = (lambda tokens: gpu), (lambda tokens, is_first: cpu * tokens + first * is_first)
-    return LayerView(
-        0, ordered(hits), ordered(misses), gpu_expert_s=costs[0], cpu_expert_s=costs[1], copy_s=copy, **given_fields
-    )
+from sim.policies.place.split import makespan_s, split
+from tests.sim.layers import hybrimoe, optimal, policy, view
 
 
 def on_cpu(name: str, layer: LayerView, **options: Any) -> list[int]:
@@ -275,150 +231,3 @@ def test_optimal_beyond_eight_experts_sends_the_lowest_loads_to_the_cpu() -> Non
         for few, more in product(range(11), repeat=2)
     ]
     assert makespan_s(layer, placed) == min(every)
-
-
-# Laws.
-
-
-@st.composite
-def layers(draw: st.DrawFn, *, most: int = 6, prefetched: bool = True) -> LayerView:
-    """Any small layer: loads, what is where, costs of a few odd numbers, and clocks that are already set."""
-    second = st.sampled_from([0.3, 1.0, 1.7, 4.0])
-    experts = draw(st.lists(st.integers(0, 63), max_size=most, unique=True))
-    parts: tuple[dict[int, int], ...] = {}, {}, {}
-    for expert in experts:
-        parts[draw(st.integers(0, 2 if prefetched else 1))][expert] = draw(st.integers(1, 3))
-    gpu_token = draw(st.sampled_from([0.0, 0.2]))
-    layer = view(
-        *parts, gpu=draw(second), cpu=draw(second), first=draw(st.sampled_from([0.0, 0.79])), copy=draw(second)
-    )
-    gpu_s: Callable[[int], float] = layer.gpu_expert_s
-    return layer._replace(
-        layer=draw(st.integers(0, 3)),
-        free_slots=draw(st.integers(0, 3)),
-        gpu_expert_s=lambda tokens: gpu_s(tokens) + gpu_token * tokens,
-        gpu_free_s=draw(st.sampled_from([0.0, 2.0])),
-        link_free_s=layer.copy_s * (len(parts[2]) + draw(st.integers(0, 1))),
-    )
-
-
-@pytest.mark.parametrize("name", list(PLACEMENT))
-@settings(deadline=None)
-@given(layers(most=9))
-def test_an_assignment_splits_the_layer(name: str, layer: LayerView) -> None:
-    placed = policy(name).place(layer)
-    experts = [expert for part in (layer.hits, layer.late, layer.misses) for expert, _ in part]
-    assert sorted([*placed.cpu, *placed.gpu]) == sorted(experts)
-    missing = {expert for expert, _ in layer.misses}
-    assert sorted(placed.copies) == sorted(missing.intersection(placed.gpu))
-    if not PLACEMENT[name].takes_hits:
-        assert missing.issuperset(placed.cpu)
-    if not PLACEMENT[name].uses_cpu:
-        assert [*placed.cpu] == []
-
-
-@pytest.mark.parametrize("name", list(PLACEMENT))
-@settings(deadline=None, max_examples=50)
-@given(layers(most=5))
-def test_nobody_ends_before_the_optimum(name: str, layer: LayerView) -> None:
-    assert makespan_s(layer, policy(name).place(layer)) >= makespan_s(layer, optimal().place(layer)) - 1e-9
-
-
-@settings(deadline=None, max_examples=60)
-@given(layers(most=4))
-def test_the_optimum_is_that_of_all_assignments_in_all_orders(layer: LayerView) -> None:
-    loads = [*layer.hits, *layer.late, *layer.misses]
-    missing = {expert for expert, _ in layer.misses}
-    best = min(
-        makespan_s(layer, Assignment(order[:count], gpu, [expert for expert in gpu if expert in missing]))
-        for order in permutations(expert for expert, _ in loads)
-        for count in range(len(loads) + 1)
-        for gpu in [order[count:]]
-    )
-    assert makespan_s(layer, optimal().place(layer)) == pytest.approx(best)
-
-
-@settings(deadline=None, max_examples=200)
-@given(layers(most=8), st.sampled_from(["head", "ready-first"]), st.booleans())
-def test_hybrimoe_is_never_slower_than_one_device_alone(layer: LayerView, order: str, takes: bool) -> None:
-    experts = [expert for part in (layer.hits, layer.late, layer.misses) for expert, _ in part]
-    placed = hybrimoe(gpu_order=order, cpu_takes_transfers=takes).place(layer)
-    assert makespan_s(layer, placed) <= makespan_s(layer, split(layer, ())) + 1e-9
-    if takes or not layer.late:
-        assert makespan_s(layer, placed) <= makespan_s(layer, split(layer, experts)) + 1e-9
-    else:
-        assert not {expert for expert, _ in layer.late}.intersection(placed.cpu)
-
-
-@settings(deadline=None, max_examples=200)
-@given(layers(most=8), st.sampled_from(["head", "ready-first"]))
-def test_the_clocks_of_the_walk_are_those_of_its_assignment(layer: LayerView, order: str) -> None:
-    moves = hybrimoe(gpu_order=order).moves(layer)
-    ends = [move.end_s for move in moves if move.timeline != "link"]
-    assert makespan_s(layer, assignment_of(moves)) == pytest.approx(max([layer.gpu_free_s, *ends]))
-
-
-@pytest.mark.parametrize("name", SCHEDULED)
-@settings(deadline=None)
-@given(layers(most=8))
-def test_a_case_that_is_remembered_is_decided_as_if_it_were_new(name: str, layer: LayerView) -> None:
-    """The names of experts matter where loads are equal, and then only by their order."""
-    kept = policy(name)
-    assert isinstance(kept, Scheduled)
-    assert kept.place(layer) == kept.schedule(layer)
-    renamed = {expert: 2 * expert + 5 for part in (layer.hits, layer.late, layer.misses) for expert, _ in part}
-    other = layer._replace(
-        layer=7, **{part: [(renamed[one], n) for one, n in getattr(layer, part)] for part in ("hits", "late", "misses")}
-    )
-    assert kept.place(other) == kept.schedule(other)
-
-
-def test_a_case_is_decided_once() -> None:
-    class Counting(HybriMoe):
-        decided = 0
-
-        def schedule(self, view: LayerView) -> Assignment:
-            self.decided += 1
-            return super().schedule(view)
-
-    kept = Counting(PolicyContext(1, 64, 6))
-    layer = view({1: 2, 2: 1}, {3: 1})
-    kept.place(layer)
-    kept.place(layer._replace(hits=((8, 2), (10, 1)), misses=((11, 1),), layer=3, free_slots=2))
-    assert kept.decided == 1
-    kept.place(layer._replace(misses=((0, 1),)))  # among equal loads the miss now comes before the hit
-    kept.place(layer._replace(misses=((3, 2),)))
-    kept.place(layer._replace(copy_s=2.0))
-    assert kept.decided == 4
-
-
-# How good the rule is.
-
-
-def machine(rng: np.random.Generator, count: int, most_tokens: int) -> LayerView:
-    """``count`` experts of 1 to ``most_tokens`` tokens, any number of them resident, on a machine at random: a GPU
-    expert takes 0.05 to 1 copies, a token on the CPU 0.2 to 5, and the CPU's first expert up to a token more."""
-    ids, tokens = rng.permutation(64)[:count].tolist(), rng.integers(1, most_tokens + 1, count).tolist()
-    hits = int(rng.integers(0, count + 1))
-    loads = [*zip(ids, tokens, strict=True)]
-    gpu, cpu = (float(np.exp(rng.uniform(np.log(low), np.log(high)))) for low, high in ((0.05, 1.0), (0.2, 5.0)))
-    first, shared = cpu * float(rng.random()), gpu * float(rng.choice([0, 2]))
-    return view(dict(loads[:hits]), dict(loads[hits:]), gpu=gpu, cpu=cpu, first=first, gpu_free_s=shared)
-
-
-@pytest.mark.parametrize("most_tokens", [1, 8])
-@pytest.mark.parametrize("count", [6, 8])
-def test_hybrimoe_without_its_fallback_is_near_the_optimum(count: int, most_tokens: int) -> None:
-    rng = np.random.default_rng(20250405)
-    ratios = []
-    for _ in range(250):
-        layer = machine(rng, count, most_tokens)
-        own = makespan_s(layer, assignment_of(hybrimoe().moves(layer)))
-        ratios.append(own / makespan_s(layer, optimal().schedule(layer)))
-    above = np.mean(np.array(ratios) > 1 + 1e-9)
-    mean, worst = np.mean(ratios), max(ratios)
-    print(
-        f"\nk = {count}, 1 to {most_tokens} tokens: mean {mean:.4f}, worst {worst:.2f}, {above:.0%} above the optimum"
-    )
-    assert min(ratios) >= 1 - 1e-9
-    assert mean <= 1.02

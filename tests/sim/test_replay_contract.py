@@ -48,9 +48,11 @@ FORCED = [name for name, kind in EVICTION.items() if not kind.bypass]
 UNSCORED = [name for name, kind in EVICTION.items() if "scores" not in kind.needs]
 """Policies that do not know how many experts a token could have had: what is taken from the scores depends on it."""
 
-NUMBER_BLIND = [name for name, kind in EVICTION.items() if name != "random" and "calibration" not in kind.needs]
-"""Policies to which an expert's number is nothing but the last tie: ``random`` draws by it, and a calibration trace
-would have to be renumbered, too."""
+BY_NUMBER = ("random", "static-uniform", "static-front")
+"""Policies that draw or choose by an expert's number."""
+
+NUMBER_BLIND = [name for name, kind in EVICTION.items() if name not in BY_NUMBER and "calibration" not in kind.needs]
+"""Policies to which it is nothing but the last tie; a calibration trace would have to be renumbered, too."""
 
 
 def counted(outcome: Replay, name: str) -> int:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
+from sim.needs import check_needs
 from sim.results import RunResult
-from sim.run import check_needs, predictions_of, routings_of, simulate
+from sim.run import predictions_of, routings_of, simulate
 from sim.systems import Budget, SystemSpec
 from tests.sim.hand import EXPERT_BYTES, HandCosts, host, run, trace_of, workloads
 from traces.errors import InputError
@@ -115,7 +116,7 @@ def test_predictions_name_the_most_wanted_first() -> None:
 @settings(max_examples=50)
 @given(workloads())
 def test_routings_of_a_run_are_those_of_its_steps(workload: Workload) -> None:
-    of_step = routings_of(workload)
+    of_step = routings_of(workload.trace)
     assert [of_step(step) for step in workload] == [routings(workload.trace, step) for step in workload]
 
 

@@ -50,12 +50,13 @@ def test_a_percentage_is_the_floor_of_the_exact_share(experts: int, thousandths:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0", "cache must be between 1 and 32 slots, got 0 which is 0"),
+        ("0", "cache must be between 1 and 32 slots, got 0"),
         ("0%", "cache must be between 1 and 32 slots, got 0% which is 0"),
         ("3%", "cache must be between 1 and 32 slots, got 3% which is 0"),
-        ("101%", "cache must be between 1 and 32 slots, got 101% which is 32"),
-        ("100.1%", "cache must be between 1 and 32 slots, got 100.1% which is 32"),
-        ("33", "cache must be between 1 and 32 slots, got 33 which is 33"),
+        ("101%", "cache must be at most 100%, got 101%"),
+        ("100.1%", "cache must be at most 100%, got 100.1%"),
+        ("33", "cache must be between 1 and 32 slots, got 33"),
+        ("9" * 30, f"cache must be between 1 and 32 slots, got {'9' * 30}"),
         ("2.5", "cache must be a whole number of slots (or carry a %), got '2.5'"),
         ("-1", "cache must be a number of slots or a percentage, got '-1'"),
         ("", "cache must be a number of slots or a percentage, got ''"),
@@ -98,7 +99,7 @@ def test_too_little_memory_is_refused_with_the_least_that_would_do(scope: str, p
         ("evict", "belady's", "did you mean belady"),
         ("place", "cpu on miss", "did you mean cpu-on-miss"),
         ("prefetch", "next_router", "did you mean next-router"),
-        ("prefetch", "xyz", "one of next-router, none"),
+        ("prefetch", "xyz", "one of eam, impact, mrs-next, next-router"),
     ],
 )
 def test_an_unknown_policy_offers_near_names(field: str, value: str, hint: str) -> None:

@@ -10,9 +10,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sim.replay import Capacity
+from sim.spec import catalogue
+from sim.target import model_for
+from tests.commanding import run
 from traces import InputError, TraceError, cli_import, store
 from traces.cli import app
-from traces.importers import IMPORTERS
+from traces.importers import IMPORTERS, collect
+from traces.schema import TraceHeader
 
 ROUTE = """\
 # layer=0 expert_bytes=100
@@ -77,7 +81,7 @@ def test_expert_bytes_may_differ_between_layers(tmp_path: Path) -> None:
         (("--format", "csv", "--residency-out", "x.parquet"), "residency_out must be left out for csv"),
         (("--format", "route-csv", "--residency-out", "x.csv"), "residency_out must be a .parquet file, got x.csv"),
         (("--format", "route-csv", "--expert-bytes", "1k"), "expert_bytes must be a whole number.* got '1k'"),
-        (("--format", "route-csv", "--expert-bytes", "0"), "expert_bytes must be a whole number from 1, .* got '0'"),
+        (("--format", "route-csv", "--expert-bytes", "0"), "expert_bytes must be a whole number from 1 to .* got '0'"),
         (("--format", "route-csv", "--expert-bytes", "9,0"), "expert_bytes must be a whole .* got '9,0'"),
         (("--format", "route-csv", "--out", "t.csv"), r"out must end in \.safetensors, .* got t\.csv"),
         (("--format", "route-csv", "--prefill-as-batch"), "prefill_as_batch must be left out for route-csv"),
@@ -124,3 +128,43 @@ def test_the_format_page_names_every_format_and_option() -> None:
     page = (Path(__file__).parents[2] / "docs" / "trace-format.md").read_text(encoding="utf-8")
     options = ("--prefill-as-batch", "--drop-identical-rows", "--residency-out", "--expert-bytes", "--top-k")
     assert [word for word in (*IMPORTERS, *options) if f"`{word}" not in page] == []
+
+
+def test_a_recording_of_a_known_model_is_replayed_by_bytes_right_away(tmp_path: Path) -> None:
+    """The lines that a person types one after the other: the importer knows how large the experts are."""
+    layers = {f"layer_{layer}": {"selected_experts": [0, 1, 2, 3], "selected_probs": [0.25] * 4} for layer in range(24)}
+    file, out = tmp_path / "p.json", str(tmp_path / "t.safetensors")
+    file.write_text(json.dumps({"router_data": [{"token_7": layers}, {"token_8": layers}]}), encoding="utf-8")
+    imported = run("trace", "import", "--format", "gpt-oss-json", str(file), "--out", out)
+    assert imported.exit_code == 0, imported.output
+    spec = catalogue.model("gpt-oss-20b")
+    assert f"note: expert_bytes is {spec.expert_bytes}, that of gpt-oss-20b in the catalogue" in imported.stderr
+    assert store.load(out).header.expert_bytes == (spec.expert_bytes,) * 24
+    done = run("cache", out, "--policies", "lru", "--scope", "global", "--bytes", "4000MiB", "--json")
+    assert done.exit_code == 0, done.output
+    row = json.loads(done.stdout)
+    assert row["capacity_bytes"] == 4000 << 20
+    assert row["bytes_loaded"] == 24 * 4 * spec.expert_bytes
+    assert model_for(store.load(out)) == spec  # as released, not all of it in the header's dtype
+
+
+@pytest.mark.parametrize("name", IMPORTERS)
+def test_a_folder_is_searched_below_only_where_the_format_comes_in_folders(name: str, tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    deep = tmp_path / "below" / IMPORTERS[name].patterns[0].replace("*", "1")
+    deep.touch()
+    if name in ("gpt-oss-json", "esft", "layer-csv"):
+        assert collect([tmp_path], IMPORTERS[name]) == [deep]
+        return
+    with pytest.raises(InputError, match=r"files must be named .* in a folder, got .*, which has none"):
+        collect([tmp_path], IMPORTERS[name])
+    assert collect([tmp_path / "below"], IMPORTERS[name]) == [deep]
+
+
+@pytest.mark.parametrize("size", ["68719476737", "9" * 19, "1" * 5000, "\u0663"])
+def test_bytes_of_an_expert_beyond_reason_are_refused(size: str, file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expert_bytes must be a whole number from 1 to 68719476736, or one for each"):
+        invoke("--format", "route-csv", file, "--expert-bytes", size, "--out", tmp_path / "t.safetensors")
+    with pytest.raises(TraceError, match=r"expert_bytes.*must be less than or equal to 68719476736, got 68719476737"):
+        TraceHeader.of({"model": "m", "layers": 1, "experts": 2, "top_k": 1, "expert_bytes": [(1 << 36) + 1]})
+    assert TraceHeader.of({"model": "m", "layers": 1, "experts": 2, "top_k": 1, "expert_bytes": [1 << 36]}).layers == 1

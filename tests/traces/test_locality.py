@@ -1,98 +1,31 @@
-"""The locality report: worked out by hand, against plain loops over random traces, and by its laws."""
+"""The locality report: worked out by hand, and by its laws."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from traces import NOT_ROUTED, Phase, Trace, TraceHeader, segments
+from tests.traces.routings import rng, same, single, trace_of, traces
+from traces import NOT_ROUTED, Phase, Trace, segments
 from traces.locality import (
     AT_WORK,
-    SPANS,
     batch_unions,
     capacities,
     locality,
-    overlap_profile,
     popularity_entropy,
     popularity_overlap,
     uniform_union,
     verdict,
     working_set,
 )
-from traces.schedule import by_sequence
 from traces.segments import segment_hits, segment_routing, stride_of
-from traces.stats import neighbour_overlap
 from traces.synthetic import Sizes, markov, zipf
-
-
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
-def trace_of(ids: Any, sequence: Any = None, phase: Any = None, experts: int = 4) -> Trace:
-    """Tokens in the order of ``ids`` [T, L, K], one forward pass each; decode tokens of one sequence by default."""
-    ids = np.asarray(ids)
-    tokens, layers, top_k = ids.shape
-    sequence = [0] * tokens if sequence is None else list(sequence)
-    header = TraceHeader(model="hand", layers=layers, experts=experts, top_k=top_k, expert_bytes=(1,) * layers)
-    return Trace.of(
-        header,
-        expert_ids=ids,
-        token_ids=[0] * tokens,
-        sequence=sequence,
-        position=[sequence[:row].count(own) for row, own in enumerate(sequence)],
-        step=range(tokens),
-        phase=[Phase.DECODE] * tokens if phase is None else phase,
-    )
-
-
-def single(*experts: int, sequence: Any = None, number: int = 4) -> Trace:
-    """One layer, one expert a token."""
-    return trace_of([[[expert]] for expert in experts], sequence, experts=number)
-
-
-@st.composite
-def traces(draw: st.DrawFn) -> Trace:
-    """Up to four sequences, interleaved, with a prompt or without, in which some places are not routed."""
-    layers, experts = draw(st.integers(1, 2)), draw(st.integers(2, 9))
-    top_k = draw(st.integers(1, min(3, experts)))
-    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
-    sequence = draw(st.permutations([number for number, length in enumerate(lengths) for _ in range(length)]))
-    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
-    shape = (len(sequence), layers)
-    ids = generator.permuted(np.broadcast_to(np.arange(experts), (*shape, experts)), axis=-1)[..., :top_k]
-    ids = np.where(generator.random(ids.shape) < 0.2, NOT_ROUTED, ids)
-    prompts = [draw(st.integers(0, length)) for length in lengths]
-    seen: Counter[int] = Counter()
-    phase = []
-    for own in sequence:
-        phase.append(Phase.PREFILL if seen[own] < prompts[own] else Phase.DECODE)
-        seen[own] += 1
-    return trace_of(ids, sequence, phase, experts)
-
-
-def routed(trace: Trace, layer: int) -> list[list[set[int]]]:
-    """The experts of each token, by sequence in order of first appearance."""
-    order = by_sequence(trace)
-    sets = [set(chosen) - {NOT_ROUTED} for chosen in trace.expert_ids[order.rows, layer].tolist()]
-    bounds = [*order.starts.tolist(), len(sets)]
-    return [sets[start:end] for start, end in pairwise(bounds)]
-
-
-def same(got: Any, wanted: Any) -> None:
-    np.testing.assert_allclose(np.asarray(got, dtype=float), np.asarray(wanted, dtype=float), rtol=1e-12, atol=1e-12)
-
-
-def ratio(over: float, under: float) -> float:
-    return over / under if under else math.nan
 
 
 def test_entropy_is_of_the_shares_of_all_choices() -> None:
@@ -202,94 +135,6 @@ def test_batch_union_golden() -> None:
 def test_uniform_union_counts_distinct_draws() -> None:
     trace = single(0, number=2)
     assert [uniform_union(trace, tokens) for tokens in (0, 1, 2, 3)] == [0, 1, 1.5, 1.75]
-
-
-# The same numbers by plain loops.
-
-
-def slow_overlap(trace: Trace, layer: int, lag: int) -> float:
-    pairs = [
-        (tokens[i - lag], tokens[i])
-        for tokens in routed(trace, layer)
-        for i in range(lag, len(tokens))
-        if tokens[i - lag]
-    ]
-    return ratio(sum(len(old & new) for old, new in pairs), sum(len(new) for _, new in pairs))
-
-
-def slow_any_two(trace: Trace, layer: int) -> float:
-    tokens = [chosen for sequence in routed(trace, layer) for chosen in sequence if chosen]
-    shared = sum(2 * len(one & other) for one, other in combinations(tokens, 2))
-    return ratio(shared, (len(tokens) - 1) * sum(map(len, tokens)))
-
-
-def slow_working_set(trace: Trace, layer: int, span: int) -> float:
-    sizes = [
-        len(set().union(*tokens[start : start + span]))
-        for tokens in routed(trace, layer)
-        for start in range(len(tokens) - span + 1)
-    ]
-    return ratio(sum(sizes), len(sizes))
-
-
-def slow_union(trace: Trace, layer: int, batch: int) -> float:
-    phases = np.split(trace.phase[by_sequence(trace).rows], by_sequence(trace).starts[1:])
-    events: dict[Any, list[set[int]]] = {}
-    for lane, (tokens, phase) in enumerate(zip(routed(trace, layer), phases, strict=True)):
-        seen: Counter[int] = Counter()
-        for chosen, own in zip(tokens, phase.tolist(), strict=True):
-            events.setdefault((lane // batch, own, seen[own]), []).append(chosen)
-            seen[own] += 1
-    sizes = [len(set().union(*met)) for met in events.values() if len(met) == batch]
-    return ratio(sum(sizes), len(sizes))
-
-
-def slow_srp(trace: Trace, layers: list[int], window: int) -> float:
-    counts: list[int] = []
-    for layer in layers:
-        for tokens in routed(trace, layer):
-            for start in range(len(tokens) - window + 1):
-                counts += Counter(expert for chosen in tokens[start : start + window] for expert in chosen).values()
-    act = sum(counts)
-    scores = [
-        2 * sum(c for c in counts if c >= t) / (act + window * sum(c >= t for c in counts)) if act else math.nan
-        for t in range(1, window + 1)
-    ]
-    return max(scores)
-
-
-def slow_sch(trace: Trace, layer: int, window: int, slots: int) -> float:
-    hits = total = 0
-    for tokens in routed(trace, layer):
-        last: dict[int, int] = {}
-        for i, chosen in enumerate(tokens):
-            used = Counter(expert for later in tokens[i : i + window] for expert in later)
-            worth = {e: (used[e], last.get(e, -1), e in chosen) for e in range(trace.header.experts)}
-            held = sorted(worth, key=lambda e: worth[e], reverse=True)[:slots]
-            hits += len(chosen & set(held))
-            total += len(chosen)
-            last |= dict.fromkeys(chosen, i)
-    return ratio(hits, total)
-
-
-@given(trace=traces(), piece=st.sampled_from([1, 40, 10_000]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_number_is_what_plain_loops_give(trace: Trace, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "PIECE_ELEMENTS", piece)
-    layers, experts = range(trace.header.layers), trace.header.experts
-    windows = [1, 2, 3, 5]
-    same(popularity_overlap(trace), [slow_any_two(trace, layer) for layer in layers])
-    same(
-        overlap_profile(trace, [1, 2, 4]), [[slow_overlap(trace, layer, lag) for layer in layers] for lag in (1, 2, 4)]
-    )
-    same(overlap_profile(trace, [1])[0], neighbour_overlap(trace))
-    same(working_set(trace)[0][:4], [[slow_working_set(trace, layer, span) for layer in layers] for span in SPANS[:4]])
-    same(batch_unions(trace, [1, 2, 3])[0], [[slow_union(trace, layer, b) for layer in layers] for b in (1, 2, 3)])
-    for found, window in zip(segment_routing(trace, rng(), windows, resamples=2), windows, strict=True):
-        same(found.model.srp, [slow_srp(trace, list(layers), window)])
-        same(found.layers.srp, [slow_srp(trace, [layer], window) for layer in layers])
-    wanted = [[[slow_sch(trace, la, window, c) for c in range(experts + 1)] for la in layers] for window in windows]
-    same(segment_hits(trace, windows), wanted)
 
 
 # Laws.

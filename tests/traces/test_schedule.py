@@ -82,9 +82,9 @@ def test_rows_by_sequence_in_the_order_of_first_appearance() -> None:
     assert order.lane_of().tolist() == [0, 0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("batch", [0, -1])
+@pytest.mark.parametrize("batch", [0, -1, 65_537, 10**23])
 def test_a_batch_has_a_lane(batch: int) -> None:
-    with pytest.raises(InputError, match=f"batch must be at least 1, got {batch}"):
+    with pytest.raises(InputError, match=f"batch must be from 1 to 65536, got {batch}"):
         schedule(trace_of(CHUNKED), batch, whole_prompts=True)
 
 

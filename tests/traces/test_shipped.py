@@ -61,7 +61,8 @@ def test_mixed_is_balanced_and_has_locality_that_shuffling_destroys() -> None:
 def test_a_name_that_does_not_ship_is_refused_with_near_ones(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean mixed"):
         find_trace("mixd")
-    assert find_trace("mine.safetensors") == Path("mine.safetensors")
+    with pytest.raises(InputError, match=r"^routing must be an existing file, got mine\.safetensors$"):
+        find_trace("mine.safetensors", "routing")
 
 
 @pytest.mark.slow

@@ -182,17 +182,17 @@ def test_made_by_tells_the_generator_the_seed_and_the_parameters() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sequences": 0}, "sequences must be at least 1, got 0"),
+        ({"sequences": 0}, "sequences must be from 1 to 2147483647, got 0"),
         ({"prompt_tokens": 0, "new_tokens": 0}, r"prompt-tokens \+ new-tokens must be at least 1, got 0"),
-        ({"new_tokens": -1}, "new-tokens must be at least 0, got -1"),
-        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"new_tokens": -1}, "new-tokens must be from 0 to 2147483647, got -1"),
+        ({"layers": 0}, "layers must be from 1 to 65536, got 0"),
         ({"experts": 70000}, "experts must be from 1 to 65534, got 70000"),
         ({"top_k": 17}, "top-k must be from 1 to 16, got 17"),
         ({"skew": -0.1}, "skew must be from 0.0 to 8.0, got -0.1"),
         ({"skew": math.nan}, "skew must be from 0.0 to 8.0, got nan"),
         ({"expert_bytes": (1, 2, 3)}, "expert-bytes must have one entry or 2 entries, got 3"),
-        ({"expert_bytes": -1}, "expert-bytes must be at least 0, got -1"),
-        ({"lookahead": -1}, "lookahead must be at least 0, got -1"),
+        ({"expert_bytes": -1}, "expert-bytes must be from 0 to 68719476736, got -1"),
+        ({"lookahead": -1}, "lookahead must be from 0 to 65536, got -1"),
         ({"lookahead_recall": 1.5}, "lookahead-recall must be from 0.0 to 1.0, got 1.5"),
     ],
 )
@@ -206,7 +206,7 @@ def test_sizes_that_make_no_trace(changed: dict[str, Any], message: str) -> None
     [
         ("zipff", {}, "generator must be a known name, got 'zipff' .did you mean zipf"),
         ("zipf", {"period": 3}, "period must be left out for zipf, got 3"),
-        ("phase_change", {"period": 0}, "period must be at least 1, got 0"),
+        ("phase_change", {"period": 0}, "period must be from 1 to 2147483647, got 0"),
         ("markov", {"locality": 1.1}, "locality must be from 0.0 to 1.0, got 1.1"),
     ],
 )

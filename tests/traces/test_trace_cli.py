@@ -66,6 +66,14 @@ def test_expert_bytes_may_differ_between_layers(file: Path) -> None:
             r"sequences x tokens x layers must fit the host's free memory \(.* GB\), got 99999999 x 1000063 x 8",
         ),
         (("synth", "zipf", "--expert-bytes", "1,2"), "expert-bytes must have one entry or 8 entries, got 2"),
+        (("synth", "zipf", "--expert-bytes", "9" * 19), "expert-bytes must be a whole number up to 68719476736, or"),
+        (("synth", "zipf", "--expert-bytes", "68719476737"), "expert-bytes must be from 0 to 68719476736, got 687"),
+        (("synth", "zipf", "--layers", "9" * 26), "layers must be from 1 to 65536, got 9"),
+        (("synth", "zipf", "--sequences", "9" * 26), "sequences must be from 1 to 2147483647, got 9"),
+        (("synth", "zipf", "--prompt-tokens", "9" * 26), "prompt-tokens must be from 0 to 2147483647, got 9"),
+        (("synth", "zipf", "--new-tokens", "9" * 26), "new-tokens must be from 0 to 2147483647, got 9"),
+        (("synth", "zipf", "--lookahead", "9" * 26), "lookahead must be from 0 to 65536, got 9"),
+        (("synth", "phase_change", "--period", "9" * 26), "period must be from 1 to 2147483647, got 9"),
     ],
 )
 def test_synth_refuses_and_writes_nothing(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -93,7 +93,7 @@ def test_a_prompt_alone_starts_and_ends_in_one_step_and_its_cache_stays() -> Non
 
 
 def test_batch_must_be_positive() -> None:
-    with pytest.raises(InputError, match="batch must be at least 1, got 0"):
+    with pytest.raises(InputError, match="batch must be from 1 to 65536, got 0"):
         lock_step(trace_of(MIXED), 0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from traces.importers import (
 from traces.importers.assemble import assemble
 from traces.importers.base import Advance, Importer, Job, Options
 from traces.importers.files import collect
+from traces.known import KnownModel
 from traces.schema import Array, Trace
 
 __all__ = ["IMPORTERS", "Imported", "Options", "collect", "import_files"]
@@ -27,12 +28,19 @@ __all__ = ["IMPORTERS", "Imported", "Options", "collect", "import_files"]
 CSV = ("*.csv", "*.csv.gz")
 
 IMPORTERS: dict[str, Importer] = {
-    "gpt-oss-json": Importer(gpt_oss_json.read, ("*.json", "*.json.gz"), "JSON, a file a prompt, decode with gates"),
+    "gpt-oss-json": Importer(
+        gpt_oss_json.read,
+        ("*.json", "*.json.gz"),
+        "JSON, a file a prompt, decode with gates",
+        in_folders=True,
+        family="gpt-oss",
+    ),
     "esft": Importer(
         esft.read,
         ("expert_weights_*.txt", "expert_weights_*.txt.gz"),
         "a text file a layer, a line a sequence, with scores",
         prompts_only=True,
+        in_folders=True,
     ),
     "router-trace-v2": Importer(
         router_trace_v2.read,
@@ -41,7 +49,9 @@ IMPORTERS: dict[str, Importer] = {
         prompts_only=True,
     ),
     "route-csv": Importer(route_csv.read, CSV, "a row a routed expert, with another engine's hits and misses"),
-    "layer-csv": Importer(layer_csv.read, CSV, "a row a layer and token, a file a prompt", prompts_only=True),
+    "layer-csv": Importer(
+        layer_csv.read, CSV, "a row a layer and token, a file a prompt", prompts_only=True, in_folders=True
+    ),
     "logits-safetensors": Importer(
         logits_safetensors.read, ("*.safetensors",), "router logits, a file a layer (--top-k)", prompts_only=True
     ),
@@ -66,17 +76,19 @@ def import_files(
     options: Options | None = None,
     *,
     advance: Advance = lambda _: None,
+    catalogue: Mapping[str, KnownModel] | None = None,
 ) -> Imported:
     """Reads ``inputs`` (files, folders, globs) of the format ``name``, in sorted path order, into one trace.
 
-    ``advance`` is told the bytes that were read. Raises :class:`InputError` for an unknown name or an option that the
-    format does not have, and :class:`TraceError` naming file and row for what is malformed.
+    ``advance`` is told the bytes that were read. The ``catalogue`` gives the experts of a model that is in it, where
+    the files and the options do not. Raises :class:`InputError` for an unknown name or an option that the format does
+    not have, and :class:`TraceError` naming file and row for what is malformed.
     """
     if name not in IMPORTERS:
         raise unknown_name("format", name, IMPORTERS)
     importer, chosen = IMPORTERS[name], options or Options()
     if chosen.prefill_as_batch and not importer.prompts_only:
         raise InputError(f"prefill_as_batch must be left out for {name}, which says what ran together, got True")
-    job = Job(collect(inputs, importer.patterns), chosen, advance)
+    job = Job(collect(inputs, importer), chosen, advance, catalogue or {}, importer.family)
     trace, residency = assemble(job, name, importer.read(job))
     return Imported(trace, job.notes, residency)

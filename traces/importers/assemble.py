@@ -15,6 +15,7 @@ import numpy as np
 
 from traces.importers.base import Job, Part
 from traces.importers.files import digest_of
+from traces.known import KnownModel
 from traces.schema import NOT_ROUTED, Array, Trace, TraceError, TraceHeader
 
 MOST_IDENTICAL_ROWS = 256
@@ -135,8 +136,13 @@ def _header(job: Job, name: str, ids: Array, domains: tuple[str, ...]) -> TraceH
     if domains:
         facts["domains"] = domains
     facts |= {key: value for key, value in asdict(options).items() if key in OVERRIDES and value is not None}
-    facts |= {"layers": layers, "top_k": top_k, "experts": job.dimension("experts") or _experts_seen(job, ids)}
-    facts["expert_bytes"] = _expert_bytes(job, layers)
+    known = _recognised(job, ids)
+    if known is not None:
+        facts |= {"model": known[0], "experts": known[1].experts}
+        facts.setdefault("dtype", known[1].dtype)
+    facts |= {"layers": layers, "top_k": top_k}
+    facts["experts"] = facts.get("experts") or job.dimension("experts") or _experts_seen(job, ids)
+    facts["expert_bytes"] = _expert_bytes(job, layers, known)
     facts.setdefault("model", name)
     facts["made_by"] = "; ".join(part for part in (facts.get("made_by"), _made_by(job, name)) if part)
     facts["software"] = facts.get("software", {}) | {"moetwin": _own_version()}
@@ -147,16 +153,45 @@ OVERRIDES = ("model", "dtype", "licence")
 """Fields of the header in which the user's word counts more than the file's."""
 
 
-def _experts_seen(job: Job, ids: Array) -> int:
+def _recognised(job: Job, ids: Array) -> tuple[str, KnownModel] | None:
+    """The model of the catalogue that was recorded, with its name: the one that is named, or the only one of the
+    format's family, if it has the dimensions of the trace."""
+    _, layers, top_k = ids.shape
+    named, experts, least = job.options.model or job.facts.get("model"), job.dimension("experts"), _least_experts(ids)
+    fitting = {
+        name: one
+        for name, one in job.catalogue.items()
+        if (one.layers, one.top_k) == (layers, top_k) and (one.experts == experts if experts else one.experts >= least)
+        if (name == named if named else job.family and name.startswith(job.family))
+    }
+    if len(fitting) != 1:
+        return None
+    (found,) = fitting.items()
+    if not named:
+        why = f"the one with {layers} layers and top-{top_k} that the format was made for"
+        job.notes.append(f"note: model is {found[0]}, {why} (--model tells otherwise)")
+    return found
+
+
+def _least_experts(ids: Array) -> int:
     seen = ids[ids != NOT_ROUTED]
-    experts = max(int(seen.max()) + 1 if seen.size else 1, int(ids.shape[2]))
+    return max(int(seen.max()) + 1 if seen.size else 1, int(ids.shape[2]))
+
+
+def _experts_seen(job: Job, ids: Array) -> int:
+    experts = _least_experts(ids)
     job.notes.append(f"note: experts is {experts}, as far as the ids tell (--experts tells more)")
     return experts
 
 
-def _expert_bytes(job: Job, layers: int) -> tuple[int, ...]:
-    """Bytes of an expert by layer: as the user says, else as the files say, else 1."""
+def _expert_bytes(job: Job, layers: int, known: tuple[str, KnownModel] | None) -> tuple[int, ...]:
+    """Bytes of an expert by layer: as the user says, else as the files say, else the catalogue, else 1."""
     told: tuple[int, ...] | None = job.options.expert_bytes or job.facts.get("expert_bytes")
+    if told is None and known is not None:
+        name, model = known
+        where = f"that of {name} in the catalogue, at {model.expert_bits:g} bits a weight"
+        job.notes.append(f"note: expert_bytes is {model.expert_bytes}, {where} (--expert-bytes tells otherwise)")
+        return (model.expert_bytes,) * layers
     if told is None:
         job.notes.append("note: expert_bytes is 1, so that bytes are counts of experts (--expert-bytes tells more)")
         return (1,) * layers

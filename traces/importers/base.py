@@ -5,13 +5,14 @@ Shapes: n tokens of a part, L MoE layers, K experts a token, E experts a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from traces.known import KnownModel
 from traces.schema import Array, Phase, TraceError
 
 Advance = Callable[[int], None]
@@ -73,6 +74,8 @@ class Job:
     files: list[Path]
     options: Options
     advance: Advance
+    catalogue: Mapping[str, KnownModel] = field(default_factory=dict)
+    family: str = ""  # how the names of the models begin that the format was made for
     facts: dict[str, Any] = field(default_factory=dict)  # fields of the header
     notes: list[str] = field(default_factory=list)  # what was assumed, for the user to read
     _told_by: dict[str, Path] = field(default_factory=dict)
@@ -103,3 +106,5 @@ class Importer:
     patterns: tuple[str, ...]  # names of its files in a folder
     about: str
     prompts_only: bool = False  # it does not say which tokens ran together: --prefill-as-batch does
+    in_folders: bool = False  # its files lie in folders below the one that is named
+    family: str = ""  # of the models that it was made for, whose names begin so

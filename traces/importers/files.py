@@ -18,32 +18,33 @@ from pathlib import Path
 from typing import IO, Any
 
 from traces.errors import InputError
-from traces.importers.base import Advance
+from traces.importers.base import Advance, Importer
 from traces.schema import TraceError
 
 GZIP_MAGIC = b"\x1f\x8b"
 LINES_A_REPORT = 4096
 
 
-def collect(inputs: Sequence[str | Path], patterns: Sequence[str]) -> list[Path]:
+def collect(inputs: Sequence[str | Path], importer: Importer) -> list[Path]:
     """The files that ``inputs`` name, in sorted path order, each once.
 
-    An input is a file, a folder (all files below it whose names match ``patterns``), or a glob for either. Raises
-    :class:`InputError` for one that gives no file.
+    An input is a file, a folder (its files whose names match the importer's patterns, and those in folders below it
+    where the format comes in folders), or a glob for either. Raises :class:`InputError` for one that gives no file.
     """
     found: dict[str, Path] = {}
     for entry in inputs:
-        for path in _matches(str(entry), patterns):
+        for path in _matches(str(entry), importer):
             found.setdefault(os.path.abspath(path), path)
     if not found:
         raise InputError("files must be at least one, got none")
     return sorted(found.values())
 
 
-def _matches(entry: str, patterns: Sequence[str]) -> list[Path]:
+def _matches(entry: str, importer: Importer) -> list[Path]:
     path = Path(entry)
     if path.is_dir():
-        below = [file for pattern in patterns for file in path.rglob(pattern) if file.is_file()]
+        patterns, find = importer.patterns, path.rglob if importer.in_folders else path.glob
+        below = [file for pattern in patterns for file in find(pattern) if file.is_file()]
         if not below:
             raise InputError(f"files must be named {' or '.join(patterns)} in a folder, got {entry}, which has none")
         return below
@@ -54,7 +55,7 @@ def _matches(entry: str, patterns: Sequence[str]) -> list[Path]:
     matched = sorted(glob.glob(entry, recursive=True))
     if not matched:
         raise InputError(f"files must match a pattern that is given, got {entry!r}, which matches none")
-    return [file for name in matched for file in _matches(name, patterns)]
+    return [file for name in matched for file in _matches(name, importer)]
 
 
 def root_of(files: Sequence[Path]) -> Path:

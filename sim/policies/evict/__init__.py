@@ -23,6 +23,8 @@ from sim.policies.evict.random import Random
 from sim.policies.evict.s3fifo import S3Fifo
 from sim.policies.evict.sieve import Sieve
 from sim.policies.evict.static import Static
+from sim.policies.evict.static_front import StaticFront
+from sim.policies.evict.static_uniform import StaticUniform
 from sim.policies.evict.two_generation import TwoGeneration
 from sim.policies.evict.window_score import WindowScore
 
@@ -51,6 +53,8 @@ EVICTION: dict[str, type[EvictionPolicy]] = {
         WindowScore,
         Static,
         BeladyImitator,
+        StaticUniform,
+        StaticFront,
     )
 }
 """Eviction policies by name."""
@@ -77,6 +81,8 @@ __all__ = [
     "S3Fifo",
     "Sieve",
     "Static",
+    "StaticFront",
+    "StaticUniform",
     "TwoGeneration",
     "WindowScore",
 ]

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from sim.policies.base import Calibration, EvictionPolicy, PolicyContext
+from sim.policies.base import Calibration, EvictionPolicy, PolicyContext, check_whole
 
 Array = Any  # numpy.ndarray
 
@@ -60,9 +60,7 @@ class BeladyImitator(EvictionPolicy):
         super().__init__(context)
         if context.calibration is None:
             raise ValueError("belady-imitator must be given a calibration trace, got none")
-        for name in self.defaults:
-            if self.options[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {self.options[name]}")
+        check_whole(self.options, hidden=512, horizon=1 << 20, passes=65_536, samples=8192, updates=1_000_000)
         self.networks = _trained(context.calibration, context, self.options)
         self._event = -1
         self._last = np.full(context.blocks, -1, np.int64)

@@ -11,7 +11,10 @@ _BITS = 2**64 - 1
 
 
 def mixed(seed: int, number: int, block: int) -> int:
-    """A pseudo-random number of 53 bits, by the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """A pseudo-random number of 53 bits, by the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+
+    ``sim/compiled/stream.py`` compiles these very lines, for unsigned numbers of 64 bits.
+    """
     z = (seed + number * 0x9E3779B97F4A7C15 + block * 0xD1B54A32D192ED03) & _BITS
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _BITS
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _BITS

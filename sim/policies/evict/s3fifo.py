@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from sim.policies.base import PolicyContext
+from sim.policies.base import PolicyContext, check_constants
 from sim.policies.evict.queues import Pool, QueuePolicy
 
 MOST_USES = 3
@@ -114,6 +114,7 @@ class S3Fifo(QueuePolicy):
     }
 
     def __init__(self, context: PolicyContext) -> None:
+        check_constants(context.options, self.defaults)
         options = {**self.defaults, **context.options}
         if not 0 <= options["small"] <= 1:
             raise ValueError(f"small must be from 0 to 1, got {options['small']}")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sim.policies.base import EvictionPolicy, PolicyContext
+from sim.policies.base import EvictionPolicy, PolicyContext, check_whole
 
 
 class WindowScore(EvictionPolicy):
@@ -26,9 +26,7 @@ class WindowScore(EvictionPolicy):
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
-        for name in self.defaults:
-            if self.options[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {self.options[name]}")
+        check_whole(self.options, window=4096, swaps=65_536)  # the workload of every pass in the window is kept
         self.budget = self.options["swaps"] * (context.layers if context.shared else 1)
         self._tokens = np.zeros((self.options["window"], context.blocks), np.int64)  # by pass modulo window
         self._workload = np.zeros(context.blocks, np.int64)

@@ -6,15 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from sim.policies.base import PolicyContext, PrefetchPolicy, PrefetchView
-
-MOST_AHEAD = 3
-"""Layers ahead for which traces hold what the routers would choose."""
-
-
-def check_depth(depth: Any) -> None:
-    """Raises ValueError for a depth that no trace has."""
-    if depth not in range(1, MOST_AHEAD + 1):
-        raise ValueError(f"depth must be from 1 to {MOST_AHEAD}, got {depth}")
+from sim.policies.prefetch.checks import check_count, check_depth
 
 
 class NextRouter(PrefetchPolicy):
@@ -32,8 +24,7 @@ class NextRouter(PrefetchPolicy):
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
         check_depth(self.options["depth"])
-        if self.options["width"] < 0:
-            raise ValueError(f"width must be at least 0, got {self.options['width']}")
+        check_count("width", self.options["width"], least=0)
 
     def candidates(self, view: PrefetchView) -> Sequence[int]:
         experts, width = self.context.experts, self.options["width"] or None

@@ -1,0 +1,234 @@
+"""`moetwin simulate`: one run in simulated time, or several systems side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from sim import options
+from sim.presets import Preset
+from sim.results import check_folder
+from sim.scenario import MOST_SEED, Prepared, Scenario, alongside
+from sim.spec import catalogue
+from sim.spec.catalogue import REFERENCE_MACHINE
+from traces.errors import InputError, unknown_name
+from traces.limits import MOST_BATCH
+
+BATCHINGS = ("lock-step", "continuous")
+
+Model = Annotated[str | None, typer.Option(help="A model of the catalogue, or a TOML file; else the trace's own.")]
+ModelSet = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change one number of the model: expert_bits=4.5.")
+]
+Hardware = Annotated[
+    str | None,
+    typer.Option(
+        help="A machine of `moetwin hardware list`, gpu+cpu+link, or a TOML file.", show_default=REFERENCE_MACHINE
+    ),
+]
+HardwareSet = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Change one number of the machine: link.gb_per_s=12, regime=graph."),
+]
+ComputeTableFile = Annotated[
+    Path | None,
+    typer.Option("--compute-table", help="Measured layer times (tokens, activated_experts, time_us) for GPU experts."),
+]
+ProfileFile = Annotated[
+    Path | None, typer.Option("--profile", help="Measured costs of `moetwin calibrate`, not a catalogue.")
+]
+Context = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of KV cache to make room for; else the trace's longest sequence.")
+]
+StandIn = Annotated[
+    float | None,
+    typer.Option(help="Make up look-ahead of this recall, for a trace that has none; marks results as synthetic."),
+]
+Batching = Annotated[
+    str, typer.Option(help="lock-step: a batch ends together; continuous: a lane that ends takes the next request.")
+]
+PrefillChunk = Annotated[int, typer.Option(min=0, help="Most prompt tokens of a forward pass; 0: whole prompts.")]
+ArrivalsOption = Annotated[
+    str | None,
+    typer.Option("--arrivals", help="poisson, or a CSV of times (arrival_s, or Azure's columns); else all are there."),
+]
+Rate = Annotated[float | None, typer.Option(help="Requests a second; recorded arrivals are stretched to it.")]
+
+
+def simulate(
+    trace: Annotated[str, typer.Argument(help="A trace file, or the name of one that ships.", show_default=False)],
+    system: options.System = None,
+    systems: options.Systems = None,
+    evict: options.Evict = None,
+    calibration: options.Calibration = None,
+    place: options.Place = None,
+    prefetch: options.Prefetch = None,
+    policy_file: options.PolicyFile = None,
+    option: options.Option = None,
+    scope: options.Scope = None,
+    cache: options.Cache = None,
+    gpu_memory: options.GpuMemory = None,
+    context: Context = None,
+    model: Model = None,
+    model_set: ModelSet = None,
+    quant: Annotated[str | None, typer.Option(help="Format of the experts: fp32, bf16, int8, int4...")] = None,
+    hardware: Hardware = None,
+    link_gb_per_s: Annotated[float | None, typer.Option(help="Bandwidth of the link.")] = None,
+    hardware_set: HardwareSet = None,
+    compute_table: ComputeTableFile = None,
+    profile: ProfileFile = None,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Sequences decoded together, in lock-step.")] = 1,
+    batching: Batching = "lock-step",
+    prefill_chunk: PrefillChunk = 0,
+    arrivals: ArrivalsOption = None,
+    rate_per_s: Rate = None,
+    lookahead_recall: StandIn = None,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of what is drawn at random.")] = 0,
+    synchronous: options.Synchronous = False,
+    events: Annotated[bool, typer.Option(help="Keep a row for every piece of work, for timelines.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the result's tables; of --systems, one each in it.")
+    ] = None,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Replay a trace in simulated time: what is fetched, and how long it takes.
+
+    Examples:
+
+      moetwin simulate mixed --cache 25% --evict lfu
+
+      moetwin simulate mixed --system hybrimoe --link-gb-per-s 12 --hardware-set regime=graph
+
+      moetwin simulate mixed --systems all --calibration code --cache 25% --out runs/
+
+      moetwin simulate mixed --system hybrimoe --option prefetch.depth=1 --policy-file my.py:MyCache
+
+      moetwin simulate mixed --batch 4 --batching continuous --arrivals poisson --rate-per-s 8 --prefill-chunk 32
+
+      moetwin simulate mixed --profile here.toml --prefetch next-router --json
+    """
+    own = {"evict": evict, "place": place, "prefetch": prefetch, "scope": scope, "synchronous": synchronous}
+    chosen = options.chosen_systems(system, systems, policy_file or (), option or (), own)
+    link = [] if link_gb_per_s is None else [f"link.gb_per_s={link_gb_per_s}"]
+    if batching not in BATCHINGS:
+        raise unknown_name("batching", batching, BATCHINGS)
+    scenario = Scenario(
+        trace=trace,
+        system=chosen[0],
+        model=model,
+        model_set=catalogue.settings_of(model_set or (), "model-set"),
+        quant=quant,
+        hardware=hardware,
+        hardware_set=catalogue.settings_of([*link, *(hardware_set or ())]),
+        compute_table=compute_table,
+        profile=profile,
+        cache=cache,
+        gpu_memory=gpu_memory,
+        context=context,
+        batch=batch,
+        batching=batching,  # type: ignore[arg-type]  # one of BATCHINGS
+        prefill_chunk=prefill_chunk,
+        arrivals=arrivals,
+        rate_per_s=rate_per_s,
+        calibration=calibration,
+        lookahead_recall=lookahead_recall,
+        seed=seed,
+    )
+    if systems is None:
+        _simulate_one(scenario, events=events, out=out, force=force, as_json=as_json)
+        return
+    _simulate_all(scenario, chosen, events=events, out=out, force=force, as_json=as_json)
+
+
+def _simulate_one(scenario: Scenario, *, events: bool, out: Path | None, force: bool, as_json: bool) -> None:
+    if out is not None:
+        check_folder(out, force=force)
+    prepared = scenario.prepare()
+    with _progress(prepared.steps) as progress:
+        run = prepared.run(events=events and out is not None, operations=out is not None, progress=progress)
+    extra = {} if out is None else {"result": str(run.save(out, force=force))}
+    if not as_json:
+        extra = {"memory": prepared.memory.told(), **extra}
+    options.show_run(run, as_json=as_json, **extra)
+
+
+def _simulate_all(
+    scenario: Scenario, systems: Sequence[Preset], *, events: bool, out: Path | None, force: bool, as_json: bool
+) -> None:
+    """Runs the systems one after the other; those that cannot run are named, with the reason."""
+    from analysis.systems import Entry, side_by_side, systems_plot, systems_table, verdicts
+    from sim.bounds import lower_bounds
+
+    if out is not None:
+        check_folder(out, force=force)
+    ready, left_out = _prepared(alongside(scenario, systems))
+    prepared = [one for _, one in ready]
+    known = all(one.workload is not None for one in prepared)
+    bounds: Sequence[Any] = lower_bounds(prepared) if known else [None] * len(prepared)
+    entries = []
+    with _progress(_steps(prepared)) as progress:
+        for (preset, one), bound in zip(ready, bounds, strict=True):
+            run = one.run(events=events, progress=progress)
+            entries.append(Entry(preset, run, bound))
+            if out is not None:
+                run.save(out / preset.name, force=force)
+    records = side_by_side(entries)
+    for name, reason in left_out.items():
+        typer.echo(f"left out: {name}: {reason}", err=True)
+    if as_json:
+        for record in records:
+            typer.echo(json.dumps(record))
+        return
+    console = Console(highlight=False)
+    console.print(systems_table(records))
+    for line in verdicts(records):
+        console.print(line, soft_wrap=True, markup=False)
+    if out is not None:
+        figure = out / "systems.png"
+        systems_plot(records, figure)
+        console.print(f"results: {out}, and side by side in {figure}", soft_wrap=True)
+
+
+def _prepared(scenarios: Sequence[Scenario]) -> tuple[list[tuple[Preset, Prepared]], dict[str, str]]:
+    """What can run, and why the others cannot; raises :class:`InputError` when nothing can."""
+    ready, left_out = [], {}
+    for scenario in scenarios:
+        try:
+            ready.append((scenario.system, scenario.prepare()))
+        except InputError as error:
+            left_out[scenario.system.name] = str(error)
+    if not ready:
+        raise InputError("; ".join(left_out.values()))
+    return ready, left_out
+
+
+def _steps(prepared: Sequence[Prepared]) -> int | None:
+    counts = [one.steps for one in prepared]
+    return None if None in counts else sum(count for count in counts if count is not None)
+
+
+@contextmanager
+def _progress(steps: int | None) -> Iterator[Callable[[], None]]:
+    """A progress bar over forward passes, where stderr is a terminal, redrawn at most once in a while.
+
+    ``steps`` is None where nobody knows how many there will be.
+    """
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task, done = bar.add_task("simulating", total=steps), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if not done % 64:
+                bar.update(task, completed=done)
+
+        yield advance

@@ -1,0 +1,232 @@
+"""Figures of sweeps: lines, crossovers, heat maps and Pareto fronts. A view of a table in, a matplotlib Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from analysis import text
+from analysis.crossovers import Crossing, Lead
+from analysis.style import (
+    COMPONENT_COLOURS,
+    INK,
+    MEASURED,
+    MUTED,
+    PAPER,
+    SIMULATED,
+    TEXT_PT,
+    WIDE,
+    axes,
+    clean,
+    legend,
+)
+from analysis.sweep_table import Axis, Shown, figure_label, hue_label, lower_is_better
+
+SMALL = TEXT_PT - 1
+DOTTED = (0, (2, 3))
+BEHIND: dict[str, Any] = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0}
+COLOURS = (
+    MEASURED,
+    SIMULATED,
+    COMPONENT_COLOURS["gpu_experts_s"],
+    COMPONENT_COLOURS["stall_s"],
+    COMPONENT_COLOURS["head_s"],
+    COMPONENT_COLOURS["dense_s"],
+    INK,
+    MUTED,
+)
+MARKERS = "osD^vPX"
+"""Colours and markers in the order of an axis; together they tell 56 of its values apart."""
+
+STYLES: tuple[dict[str, Any], ...] = (
+    {"linestyle": "-", "linewidth": 2.2},
+    {"linestyle": (0, (4, 3)), "linewidth": 1.5},
+)
+"""Of every second line: one that lies on its neighbour lets it show through."""
+
+SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, COMPONENT_COLOURS["dense_s"], MEASURED, INK])
+MOST_WORDS = 150
+"""Cells of a heat map that have their number written into them."""
+
+MOST_TICKS = 12
+
+
+def lines(view: Shown, stretches: Sequence[Lead] = ()) -> Figure:
+    """The value over x, a line for each hue; between ``stretches``, a dotted line says who leads on either side."""
+    label, scale = figure_label(view.value)
+    figure, ax = axes(WIDE, 3.9, x=view.x.label, y=label)
+    places = _places(ax, view.x)
+    curves, low, high = (view.curves(how) for how in ("mean", "min", "max"))
+    for number, (name, curve) in enumerate(curves.items()):
+        look = _look(number)
+        reach = np.array([low[name], high[name]]) * scale
+        if (reach[0] < reach[1]).any():
+            ax.fill_between(places, *reach, color=look["color"], alpha=0.18, linewidth=0)
+        line = STYLES[number % len(STYLES)] if view.x.numbers else {"linestyle": ""}
+        ax.plot(places, np.array(curve) * scale, markersize=6, markerfacecolor="none", label=name, **line, **look)
+    ax.set_ylim(bottom=0)
+    if len(curves) > 1:
+        legend(ax, columns=min(len(curves), 5))
+    _mark_leads(ax, stretches, view.x)
+    _name(figure, view)
+    return figure
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+def _places(ax: Axes, axis: Axis) -> Sequence[float]:
+    """Where the values of an axis stand, with ticks at them: numbers at their place, words one beside the other."""
+    if axis.numbers is None:
+        ax.set_xticks(range(len(axis.values)), [str(value) for value in axis.values])
+        ax.margins(x=0.08)
+        return range(len(axis.values))
+    if axis.log:
+        ax.set_xscale("log", base=2)
+    if axis.log or len(axis.numbers) <= MOST_TICKS:
+        ticks = axis.numbers[:: 1 + (len(axis.numbers) - 1) // MOST_TICKS]
+        ax.xaxis.set_major_locator(FixedLocator(ticks))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticks(ticks, [f"{number:.3g}" for number in ticks])
+    return axis.numbers
+
+
+def _mark_leads(ax: Axes, stretches: Sequence[Lead], x: Axis) -> None:
+    """A dotted line between two stretches, with where it is, and whose they are, beside it."""
+    for row, (left, right) in enumerate(pairwise(stretches)):
+        ax.axvline(left.end, color=MUTED, linewidth=0.9, linestyle=DOTTED)
+        sides = [" = ".join(one.names) for one in (left, right)]
+        ax.annotate(
+            f"{sides[0]}  \N{LEFTWARDS ARROW}  {x.told(left.end)}  \N{RIGHTWARDS ARROW}  {sides[1]}",
+            (left.end, 0.03 + 0.07 * row),
+            xycoords=ax.get_xaxis_transform(),
+            ha="center",
+            fontsize=SMALL,
+            color=INK,
+            bbox=BEHIND,
+        )
+
+
+def crossovers(view: Shown, found: Sequence[Crossing]) -> Figure:
+    """As :func:`lines`, with every crossing of two lines ringed, and where it is written above it."""
+    figure = lines(view)
+    (ax,) = figure.axes
+    _, scale = figure_label(view.value)
+    curves = view.curves()
+    places = np.array(view.x.numbers)
+    known = np.log(places) if view.x.log else places
+    told = {view.x.told(one.x): one for one in reversed(found)}  # lines that are equal cross others in one place
+    for number, one in enumerate(reversed(told.values())):
+        curve = np.array(curves[one.below])
+        finite = np.isfinite(curve)
+        at = np.log(one.x) if view.x.log else one.x
+        height = float(np.interp(at, known[finite], curve[finite])) * scale
+        ax.plot([one.x], [height], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=INK)
+        ax.annotate(
+            view.x.told(one.x),
+            (one.x, height),
+            xytext=(0, 9 if number % 2 == 0 else -16),
+            textcoords="offset points",
+            ha="center",
+            fontsize=SMALL,
+            color=INK,
+            bbox=BEHIND,
+        )
+    return figure
+
+
+def heatmap(view: Shown) -> Figure:
+    """The value by x and y as shades, with the numbers written into the cells of a small one; nothing ran in ``-``."""
+    assert view.y is not None, "a heat map has two axes"
+    label, scale = figure_label(view.value)
+    cells = view.table.frame.pivot_table(view.value, view.y.name, view.x.name, "mean", sort=False)
+    cells = cells.reindex(index=list(view.y.values), columns=list(view.x.values)).to_numpy(float) * scale
+    figure, ax = axes(WIDE, 1.5 + 0.42 * min(len(view.y.values), 14), x=view.x.label, y=view.y.label)
+    ax.grid(False)
+    image = ax.imshow(cells, cmap=SHADES, aspect="auto", origin="lower", interpolation="nearest")
+    _name_cells(ax, view.x, view.y)
+    if cells.size <= MOST_WORDS:
+        _write_cells(ax, cells)
+    bar = figure.colorbar(image, ax=ax, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label(label, color=INK, fontsize=TEXT_PT)
+    bar.ax.tick_params(colors=INK, labelsize=SMALL, color=MUTED, width=0.8, length=3)
+    _name(figure, view)
+    return figure
+
+
+def _name_cells(ax: Axes, x: Axis, y: Axis) -> None:
+    for axis, ticks in ((x, ax.xaxis), (y, ax.yaxis)):
+        step = 1 + (len(axis.values) - 1) // (2 * MOST_TICKS)
+        names = [f"{one:.3g}" for one in axis.numbers] if axis.numbers else [str(one) for one in axis.values]
+        ticks.set_ticks(range(0, len(names), step), names[::step])
+    ax.tick_params(length=0)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+
+
+def _write_cells(ax: Axes, cells: np.ndarray) -> None:
+    low, high = np.nanmin(cells), np.nanmax(cells)
+    for (row, column), value in np.ndenumerate(cells):
+        dark = np.isfinite(value) and high > low and (value - low) / (high - low) > 0.55
+        words, colour = text.number(value), PAPER if dark else INK
+        ax.text(column, row, words, ha="center", va="center", fontsize=SMALL, color=colour)
+
+
+def front(view: Shown, best: Sequence[int]) -> Figure:
+    """Every point by its cost (x) and its value, those of ``hue`` in one colour; ``best`` ones are joined and named."""
+    frame, cost = view.table.frame, view.x.name
+    (x_label, x_scale), (y_label, y_scale) = figure_label(cost), figure_label(view.value)
+    figure, ax = axes(WIDE, 4.2, x=x_label, y=y_label)
+    clean(ax)
+    x, y = frame[cost].to_numpy(float) * x_scale, frame[view.value].to_numpy(float) * y_scale
+    step = "steps-post" if not lower_is_better(view.value) else "steps-pre"
+    ax.plot(x[[*best]], y[[*best]], color=INK, linewidth=1.0, drawstyle=step, zorder=1)
+    for number, value in enumerate(view.hue.values if view.hue else (None,)):
+        here = np.ones(len(frame), bool) if view.hue is None else (frame[view.hue.name] == value).to_numpy()
+        name = "" if view.hue is None else hue_label(view.hue, value)
+        ax.plot(x[here], y[here], linestyle="", markersize=5.5, markerfacecolor="none", label=name, **_look(number))
+    for place in best:
+        ax.annotate(
+            point_name(view, place),
+            (x[place], y[place]),
+            xytext=(5, -4),
+            textcoords="offset points",
+            va="top",
+            fontsize=SMALL,
+            color=INK,
+        )
+    ax.margins(x=0.12, y=0.1)
+    if view.hue is not None:
+        legend(ax, columns=min(len(view.hue.values), 5))
+    _name(figure, view)
+    return figure
+
+
+def point_name(view: Shown, place: int) -> str:
+    """The values of all axes that tell a row from others."""
+    row: Mapping[str, Any] = view.table.frame.iloc[place]
+    return ", ".join(_told(axis, row[axis.name]) for axis in view.table.free())
+
+
+def _told(axis: Axis, value: Any) -> str:
+    return value if isinstance(value, str) else axis.told(float(value))
+
+
+def _name(figure: Figure, view: Shown) -> None:
+    """What all points share, above all axes, in lines that fit."""
+    if view.table.title:
+        words = fill(view.table.title, 120)
+        figure.suptitle(words, x=0.01, ha="left", fontsize=SMALL, color=MUTED)

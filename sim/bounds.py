@@ -1,0 +1,259 @@
+"""Bounds in seconds: what no system under the same budget and costs can undercut, told from the routing alone.
+
+A run is cut into *stretches*, the longest sequences of passes of one phase; it is also one stretch as a whole. A
+stretch of passes S takes at least
+
+    T(S) = min over c of max(D(c), R(c))
+
+where c counts the expert uses (an expert asked for by a layer in a pass) that the CPU computes.
+
+**D(c), the chain.** Each pass does, one after the other: the dispatch of its first layer; for each layer its dense
+part, the read-back, the decision, the submission of one operation a use, and its experts; the head. Experts begin when
+they are submitted, and the dense part after them waits for all of them, on the GPU and on the CPU; only the next
+dispatch runs beside. So a layer with the tokens t_1..t_n takes, with c of them on the CPU, at least W(c) =
+max(dispatch, GPU seconds of the others, CPU seconds of the c), with the extra of the CPU's first expert. For any choice
+of the c, the longer of both device times is at least their mean with weights w and 1 - w, and that is least for the c
+uses with the lowest (1 - w) cpu(t) - w gpu(t): W(c) is taken as the greatest such value over a few w, which is exact
+where all t are equal. D(c) is the least sum over all layers with c uses on the CPU in all: of each W its convex
+minorant is taken, so that the cheapest steps of all layers, in order of price, give D for every c at once.
+
+**R(c), the link.** A use is *free* when the GPU computes it and its expert has sat in (or been on its way to) one slot
+since the use before, or since the stretch began. Free uses are intervals between uses, of which at most C, the slots of
+all layers together, overlap: staging slots keep nothing between layers. The most intervals that fit are those that
+Belady's rule with bypass keeps (Belady 1966; as k-colourable subgraph of an interval graph: Carlisle and Lloyd 1995),
+here with a start that is chosen freely: preloading takes no time, and before a stretch of one phase anything may have
+been prefetched. Of the m uses that are not free, each is computed on the CPU or has a copy of its own, made within the
+stretch. The link copies one at a time, and after the last copy there come at least its expert and the head: R(c) =
+(m - c) copy + expert + head while c < m, else 0. This holds for every scope and every split of the slots over layers.
+
+A phase takes at least the sum over its stretches, and the run at least the longer of its own T and the sum of the
+phases. Left out, which only adds time: look-ahead, further operations, contention, write-back, the disk, what chunks
+cost beyond the copy itself.
+
+The chain holds for systems whose dense work is on the GPU. Where it follows the experts to the CPU (``dense_follows``),
+a layer whose experts are all on the CPU may have its dense part there, too, needs no read-back, and hands nothing over:
+W(n) is then the lesser of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from heapq import heapify, heappop, heappush
+from itertools import groupby
+from math import inf
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sim.costs import Costs
+from sim.run import routings_of
+from traces.batching import Requests, known_order
+from traces.schema import Array, Phase
+from traces.workload import Routing, Step, Workload
+
+if TYPE_CHECKING:
+    from sim.scenario import Prepared
+
+WEIGHTS = np.linspace(0.0, 1.0, 17)
+"""Weights of the GPU's time in the means that bound a layer's."""
+
+Pass = tuple[Step, list[Routing]]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What some passes take at least. ``chain_s`` is what they would if nothing ever had to be copied."""
+
+    seconds: float = 0.0
+    chain_s: float = 0.0
+    misses: int = 0  # uses that are copied or computed on the CPU
+    on_cpu: int = 0  # uses that the CPU computes where the bound is reached
+
+    def __add__(self, other: Bound) -> Bound:
+        return Bound(
+            self.seconds + other.seconds,
+            self.chain_s + other.chain_s,
+            self.misses + other.misses,
+            self.on_cpu + other.on_cpu,
+        )
+
+    @property
+    def binding(self) -> str:
+        """What sets the bound: the link, or the chain of host, GPU and CPU."""
+        return "link" if self.seconds > self.chain_s else "chain"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds of a run, and of the passes of each phase, with ``slots`` for experts in all."""
+
+    slots: int
+    run: Bound
+    prefill: Bound
+    decode: Bound
+    dense_follows: bool = False
+
+
+def lower_bound(prepared: Prepared, slots: int | None = None) -> Bounds:
+    """The bounds of a scenario, with as many slots as its system has, or ``slots``."""
+    own = prepared.budget.total(prepared.model.moe_layers, prepared.system.scope)
+    follows = prepared.system.dense_follows
+    return bounds_of(prepared.plan, prepared.costs, own if slots is None else slots, dense_follows=follows)
+
+
+def lower_bounds(compared: Sequence[Prepared]) -> list[Bounds]:
+    """The bounds of scenarios that differ in nothing but the system: one budget, the largest of them, bounds all.
+
+    Whoever holds every expert of the model, and so stands outside the budget, has bounds of its own, and so has who
+    takes dense work to the CPU.
+    """
+    slots = [one.budget.total(one.model.moe_layers, one.system.scope) for one in compared]
+    every = [one.model.moe_layers * one.model.experts for one in compared]
+    most = max((held for held, all_ in zip(slots, every, strict=True) if held < all_), default=0)
+    judged = [held if held == all_ else most for held, all_ in zip(slots, every, strict=True)]
+    kinds = [(held, one.system.dense_follows) for held, one in zip(judged, compared, strict=True)]
+    found = {kind: lower_bound(compared[kinds.index(kind)], kind[0]) for kind in dict.fromkeys(kinds)}
+    return [found[kind] for kind in kinds]
+
+
+def bounds_of(plan: Workload | Requests, costs: Costs, slots: int, *, dense_follows: bool = False) -> Bounds:
+    """Bounds for every system that runs ``plan`` with ``slots`` for experts in all, staging slots apart.
+
+    With ``dense_follows`` they hold for systems, too, that run layers on the CPU as a whole. Raises :class:`InputError`
+    for requests that arrive over time: the order of their passes depends on the system.
+    """
+    workload = known_order(plan, "a bound")
+    routing = routings_of(workload.trace)
+    passes = [(step, routing(step)) for step in workload]
+    size_bytes = min(workload.trace.header.expert_bytes)
+    stretch = _Stretches(costs, size_bytes, workload.trace.header.experts, slots, dense_follows)
+    by_phase = {Phase.PREFILL: Bound(), Phase.DECODE: Bound()}
+    for phase, group in groupby(passes, key=lambda one: one[0].phase):
+        by_phase[phase] += stretch.bound([*group])
+    prefill, decode = by_phase[Phase.PREFILL], by_phase[Phase.DECODE]
+    run = max(stretch.bound(passes), prefill + decode, key=lambda one: one.seconds)
+    return Bounds(slots, run, prefill, decode, dense_follows)
+
+
+class _Stretches:
+    """Bounds of stretches of passes under one budget."""
+
+    def __init__(self, costs: Costs, size_bytes: int, experts: int, slots: int, dense_follows: bool) -> None:
+        self._costs, self._host, self._experts, self._slots = costs, costs.host, experts, slots
+        self._dense_follows = dense_follows
+        self._copy_s = costs.copy_s(size_bytes)
+        self._layer = cache(self._minorant)
+
+    def bound(self, passes: Sequence[Pass]) -> Bound:
+        """The bound of ``passes``, which follow one another without a gap."""
+        chain_s = self._chain(passes)
+        events = [[layer * self._experts + one for one in routing.experts] for layer, routing in _layers(passes)]
+        misses = fewest_misses(events, self._slots)
+        loads = misses - np.arange(len(chain_s))  # uses that are copied, by uses on the CPU
+        link_s = np.where(loads > 0, loads * self._copy_s + self._rest_s(passes), 0.0)
+        seconds = np.maximum(chain_s, link_s)
+        on_cpu = int(seconds.argmin())
+        return Bound(float(seconds[on_cpu]), float(chain_s.min()), misses, on_cpu)
+
+    def _chain(self, passes: Sequence[Pass]) -> Array:
+        """D of the module's text, for every number of uses on the CPU from 0 to all: float64 [uses + 1]."""
+        fixed_s, steps_s = 0.0, [np.empty(0)]
+        for step, routings in passes:
+            base_s, moved_s = self._dense_s(step)
+            fixed_s += self._host.layer_s + self._head_s(step) + len(routings) * base_s
+            for routing in routings:
+                least_s, more_s = self._layer(tuple(sorted(routing.counts)), moved_s)
+                fixed_s += least_s + self._host.operation_s * len(routing.counts)
+                steps_s.append(more_s)
+        return fixed_s + np.concatenate([[0.0], np.cumsum(np.sort(np.concatenate(steps_s)))])
+
+    def _dense_s(self, step: Step) -> tuple[float, float]:
+        """Seconds of a layer outside its experts, and what comes on top of them if its dense part is on the CPU."""
+        host, sizes = self._host, (len(step.rows), step.context, len(step.sequences))
+        join_s = host.join_s + host.layer_s if host.joins_layers else 0.0
+        dense_s = self._costs.dense_s(*sizes)
+        moved_s = self._costs.cpu_dense_s(*sizes) - dense_s - host.readback_s if self._dense_follows else inf
+        return dense_s + host.readback_s + host.controller_s + join_s, moved_s
+
+    def _head_s(self, step: Step) -> float:
+        return self._costs.head_s(len(step.sequences), step.context, len(step.rows))
+
+    def _rest_s(self, passes: Sequence[Pass]) -> float:
+        """What follows the last copy: its expert, and the head."""
+        fewest = {min(routing.counts) for _, routing in _layers(passes) if routing.counts}
+        expert_s = min(map(self._costs.gpu_expert_s, fewest), default=0.0)
+        return expert_s + min(self._head_s(step) for step, _ in passes)
+
+    def _minorant(self, tokens: tuple[int, ...], moved_s: float) -> tuple[float, Array]:
+        """The convex minorant of a layer's seconds by its uses on the CPU: the first value, and the steps up to all."""
+        beside_s = 0.0 if self._host.joins_layers else self._host.layer_s  # the next dispatch runs beside the experts
+        layer_s = np.maximum(split_s(tokens, self._costs.gpu_expert_s, self._costs.cpu_expert_s), beside_s)
+        all_on_cpu_s = sum(self._costs.cpu_expert_s(count, False) for count in tokens)
+        layer_s[-1] = min(layer_s[-1], max(all_on_cpu_s, beside_s) + moved_s)
+        return float(layer_s[0]), np.diff(_convex(layer_s))
+
+
+def _layers(passes: Iterable[Pass]) -> Iterator[tuple[int, Routing]]:
+    for _, routings in passes:
+        yield from enumerate(routings)
+
+
+def split_s(
+    tokens: Sequence[int], gpu_expert_s: Callable[[int], float], cpu_expert_s: Callable[[int, bool], float]
+) -> Array:
+    """What a layer's experts with these ``tokens`` take at least, with 0 to all n of them on the CPU: float64 [n + 1].
+
+    All are where they are computed; GPU and CPU begin together. Exact where all tokens are equal.
+    """
+    gpu_s = np.array([gpu_expert_s(count) for count in tokens])
+    cpu_s = np.array([cpu_expert_s(count, False) for count in tokens])
+    first_s = min((cpu_expert_s(count, True) - cpu_expert_s(count, False) for count in tokens), default=0.0)
+    gpu_share, cpu_share = WEIGHTS[:, None], 1.0 - WEIGHTS[:, None]
+    moved_s = np.cumsum(np.sort(cpu_share * cpu_s - gpu_share * gpu_s, axis=1), axis=1) + cpu_share * first_s
+    means_s = WEIGHTS[:, None] * gpu_s.sum() + np.concatenate([np.zeros((len(WEIGHTS), 1)), moved_s], axis=1)
+    return np.asarray(means_s.max(axis=0))
+
+
+def _convex(values: Array) -> Array:
+    """The greatest convex sequence that is nowhere above ``values``."""
+    corners = [0]
+    for place in range(1, len(values)):
+        while len(corners) > 1 and _above(values, corners[-2], corners[-1], place):
+            corners.pop()
+        corners.append(place)
+    return np.interp(np.arange(len(values)), corners, values[corners])
+
+
+def _above(values: Array, left: int, middle: int, right: int) -> bool:
+    """Whether the middle point lies on or above the line between its neighbours."""
+    slope = (values[right] - values[left]) / (right - left)
+    return bool(values[middle] >= values[left] + slope * (middle - left))
+
+
+def fewest_misses(events: Sequence[Sequence[int]], slots: int) -> int:
+    """Uses that find their block in none of ``slots`` shared ones, at least: ``events`` are the blocks used together.
+
+    What is there at the start is free to choose. A block may be used without being kept (Belady's rule with bypass),
+    and is kept from one use to the next or not at all. O(n log n) in the uses.
+    """
+    next_use: list[list[int]] = []
+    upcoming: dict[int, int] = {}  # by block: its first use from here on
+    for event in reversed(range(len(events))):
+        next_use.append([upcoming.get(block, -1) for block in events[event]])
+        upcoming.update(dict.fromkeys(events[event], event))
+    chosen = sorted(upcoming.items(), key=lambda use: use[1])[:slots]
+    kept, latest = {block for block, _ in chosen}, [(-use, block) for block, use in chosen]
+    heapify(latest)
+    misses = 0
+    for blocks, following in zip(events, reversed(next_use), strict=True):
+        misses += len(blocks) - len(kept.intersection(blocks))
+        kept.difference_update(blocks)
+        for block, use in zip(blocks, following, strict=True):
+            if use >= 0:
+                kept.add(block)
+                heappush(latest, (-use, block))
+        while len(kept) > slots:
+            kept.discard(heappop(latest)[1])
+    return misses

@@ -1,0 +1,95 @@
+"""One point of a sweep: what a worker process is handed, runs, and hands back."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any, Literal
+
+from sim.results import RunResult
+from sim.scenario import Prepared, Scenario, alongside
+from sim.sweep.keys import key_of
+from traces.errors import InputError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to do, and the key that it is done under."""
+
+    key: str
+    scenario: Scenario
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task. ``refused`` is for good: its scenario cannot run; ``failed`` is worth another try."""
+
+    key: str
+    status: Literal["ok", "refused", "failed"]
+    reason: str = ""
+    figures: dict[str, float | None] = field(default_factory=dict)
+    notes: str = ""
+    synthetic: bool = False
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def run_point(task: Task) -> Outcome:
+    """Runs a task, without the long tables; never raises, but when the process is interrupted."""
+    begun_s = perf_counter()
+    try:
+        if key_of(task.scenario) != task.key:
+            raise _OtherContentError
+        prepared = prepared_of(task.scenario)
+        run = prepared.run(events=False, operations=False)
+    except InputError as error:
+        return Outcome(task.key, "refused", " ".join(str(error).split()), seconds=perf_counter() - begun_s)
+    except Exception as error:
+        return Outcome(task.key, "failed", _told(error), seconds=perf_counter() - begun_s)
+    figures = figures_of(run, prepared)
+    notes = "; ".join(run.info.notes)
+    return Outcome(task.key, "ok", "", figures, notes, run.info.synthetic, perf_counter() - begun_s)
+
+
+class _OtherContentError(Exception):
+    """The worker sees other files, or runs other code, than the process that made the task."""
+
+    def __str__(self) -> str:
+        return "files or code have changed since the sweep began, or are others where this point was run"
+
+
+def prepared_of(scenario: Scenario) -> Prepared:
+    """What a point runs. ``cache`` counts slots a layer for every system, so that all have the same bytes for experts:
+    one pool for all layers gets those of the layers together.
+    """
+    if scenario.system.system.scope == "global":
+        (scenario,) = alongside(scenario, [scenario.system])
+    return scenario.prepare()
+
+
+def figures_of(run: RunResult, prepared: Prepared) -> dict[str, float | None]:
+    """The headline figures of a run, what its GPU memory is, and the shares of its time that resources are busy."""
+    layers, tokens = run.layers, run.tokens
+    steps = tokens[~tokens.step.duplicated()]
+    span_s = float(steps.end_s.max() - steps.start_s.min())
+    busy_s = {
+        "gpu": float(layers.dense_s.sum() + layers.gpu_experts_s.sum() + steps.head_s.sum()),
+        "cpu": float(layers.cpu_experts_s.sum()),
+        "link": float(layers.transfer_s.sum()),
+    }
+    shares = {f"{name}_busy_share": busy_s[name] / span_s if span_s > 0 else None for name in busy_s}
+    sizes = {"capacity_bytes": float(run.info.capacity_bytes), "gpu_bytes": float(prepared.memory.total_bytes)}
+    return {**run.headline(), **shares, **sizes}
+
+
+def _told(error: Exception) -> str:
+    """An error and where it was raised, in one line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    words = " ".join(str(error).split())
+    if isinstance(error, _OtherContentError):
+        return words
+    return f"{type(error).__name__}: {words} ({last.filename.rpartition('/')[2]}, line {last.lineno})"

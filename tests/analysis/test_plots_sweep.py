@@ -1,0 +1,291 @@
+"""Plots of sweeps: what is chosen from the axes, what is drawn, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from analysis.crossovers import crossings, leads, pareto
+from analysis.plots_sweep import crossovers, front, heatmap, lines
+from analysis.sweep_commands import plot
+from analysis.sweep_table import Axis, Shown, SweepTable, View, figure_label, hue_label, lower_is_better, shown
+from tests.analysis.sweeps import LINKS, RATES, by_link, by_numbers, stored
+from traces.errors import InputError
+
+LINK = "hardware.link_gb_per_s"
+
+
+def view(folder: Path, **asked: Any) -> Shown:
+    return shown(SweepTable.load(folder), View(**asked))
+
+
+def words_of(figure: Figure) -> list[str]:
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "numbers", "label"),
+    [
+        ("hardware.link_gb_per_s", [4, 8.5], (4.0, 8.5), "link (GB/s)"),
+        ("hardware.gpu_launch_us", [5], (5.0,), "gpu launch (µs)"),
+        ("hardware.link_bytes_per_s", [4e9], (4e9,), "link (bytes/s)"),
+        ("cache", ["25%", "12.5%"], (25.0, 12.5), "cache (% of the experts)"),
+        ("cache", [8, 4], (8.0, 4.0), "cache (slots a layer)"),
+        ("cache", ["8", "25%"], None, "cache"),
+        ("gpu_memory", ["8GiB", "512MiB"], (8.0, 0.5), "gpu memory (GiB)"),
+        ("batch", [1, 8], (1.0, 8.0), "batch (sequences)"),
+        ("system.options.prefetch.depth", [1, 2], (1.0, 2.0), "prefetch.depth"),
+        ("system.write_back", [True, False], None, "system.write back"),
+        ("system", ["a", "b"], None, "system"),
+    ],
+)
+def test_axes_know_their_numbers_and_units(name: str, values: list[Any], numbers: Any, label: str) -> None:
+    axis = Axis.of(name, values)
+    assert (axis.numbers, axis.label) == (numbers, label)
+
+
+def test_an_axis_that_spreads_is_logarithmic() -> None:
+    assert Axis.of(LINK, [4, 32]).log
+    assert not Axis.of(LINK, [4, 31]).log
+    assert not Axis.of("seed", [0, 32]).log
+    assert not Axis.of("system", ["a"]).log
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "scale", "lower"),
+    [
+        ("tokens_per_s", "decode rate (tokens/s)", 1.0, False),
+        ("time_per_output_token_p50_s", "time per output token p50 (ms)", 1e3, True),
+        ("stall_share", "stall share (%)", 100.0, True),
+        ("hit_ratio_union", "hit ratio union (%)", 100.0, False),
+        ("demand_bytes_per_token", "demand fetches (MB a token)", 1e-6, True),
+        ("gpu_bytes", "GPU memory (GB)", 1e-9, True),
+        ("misses", "misses", 1.0, True),
+        ("requests_per_s", "requests (a second)", 1.0, False),
+    ],
+)
+def test_figures_have_labels_and_a_better_side(name: str, label: str, scale: float, lower: bool) -> None:
+    assert figure_label(name) == (label, scale)
+    assert lower_is_better(name) is lower
+
+
+def test_what_is_shown_follows_from_the_axes(tmp_path: Path) -> None:
+    words = view(by_link(tmp_path / "a"))
+    assert (words.kind, words.x.name, words.hue and words.hue.name) == ("lines", LINK, "system")
+    numbers = view(by_numbers(tmp_path / "b"))
+    assert (numbers.kind, numbers.x.name, numbers.y and numbers.y.name) == ("heatmap", LINK, "cache")
+    assert numbers.y is not None
+    assert numbers.y.values == ("25%", "50%")
+    assert numbers.table.left_out == 1
+    one = view(by_link(tmp_path / "a"), where=("system=cpu",))
+    assert (one.kind, one.x.name, one.hue) == ("lines", LINK, None)
+    bars = view(by_link(tmp_path / "a"), where=(f"{LINK}=8",))
+    assert (bars.kind, bars.x.name, bars.hue) == ("lines", "system", None)
+    turned = view(by_link(tmp_path / "a"), kind="heatmap", y=LINK)
+    assert (turned.x.name, turned.y and turned.y.name) == ("system", LINK)
+    assert view(by_numbers(tmp_path / "b"), hue="cache").kind == "lines"
+
+
+def test_seeds_are_averaged(tmp_path: Path) -> None:
+    rows = [{"tokens_per_s": float(rate)} for rate in (1, 3, 10, 14)]
+    table = view(stored(tmp_path / "s", {"cache": [4, 8], "seed": [0, 1]}, rows))
+    assert (table.kind, table.x.name, table.hue) == ("lines", "cache", None)
+    assert [*table.curves().values()] == [[2.0, 12.0]]
+    assert [*table.curves("max").values()] == [[3.0, 14.0]]
+    assert len(lines(table).axes[0].collections) == 1
+    by_seed = view(tmp_path / "s", x="seed")
+    assert by_seed.y is not None
+    assert (by_seed.kind, by_seed.y.name) == ("heatmap", "cache")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"kind": "line"}, "kind must be a known name, got 'line' (did you mean lines"),
+        ({"value": "token_per_s"}, "did you mean tokens_per_s"),
+        ({"value": "system"}, "value must be a known name"),
+        ({"x": "link"}, "x must be a known name, got 'link'"),
+        ({"x": "system", "hue": "system"}, "x must be another axis than system"),
+        ({"where": ("system",)}, "where must be AXIS=VALUE, got 'system'"),
+        ({"where": ("sistem=cpu",)}, "did you mean system"),
+        ({"where": ("system=cpus",)}, "did you mean cpu"),
+        ({"where": ("system=cpu", f"{LINK}=8")}, "sweep must have an axis of more than one value to be plotted"),
+        ({"where": ("system=cpu",), "kind": "heatmap"}, "y must be an axis, for a heatmap, got a sweep of one axis"),
+        ({"where": ("system=cpu",), "kind": "crossovers"}, "hue must be an axis for crossovers"),
+        ({"kind": "crossovers", "x": "system"}, "x must be an axis of numbers for crossovers, got system"),
+        ({"kind": "lines", "y": "system"}, "y must be left out for lines, got system"),
+        ({"kind": "pareto", "x": "gpu_byte"}, "did you mean gpu_bytes"),
+        ({"kind": "pareto", "y": "system"}, "y must be left out for pareto"),
+    ],
+)
+def test_what_cannot_be_shown(tmp_path: Path, asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        view(by_link(tmp_path), **asked)
+    assert words in str(caught.value)
+
+
+def test_an_axis_too_many_has_to_be_fixed(tmp_path: Path) -> None:
+    folder = stored(tmp_path, {"batch": [1, 2], "cache": [4, 8], "context": [9, 10]}, [{"tokens_per_s": 1.0}] * 8)
+    with pytest.raises(InputError, match=r"where must fix context \(9, 10\), got an axis too many"):
+        view(folder, kind="lines")
+    assert view(folder, where=("context=9",)).kind == "heatmap"
+
+
+def test_folders_that_hold_no_table(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must be a folder of a sweep, with sweep\.toml"):
+        SweepTable.load(tmp_path)
+    by_link(tmp_path)
+    (tmp_path / "sweep.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=r"sweep must have a readable sweep\.parquet"):
+        SweepTable.load(tmp_path)
+    stored(tmp_path, {"seed": [1]}, [{"status": "refused"}])
+    with pytest.raises(InputError, match="sweep must have a point that ran, got 1 that did not"):
+        SweepTable.load(tmp_path)
+    text = (tmp_path / "sweep.toml").read_text()
+    (tmp_path / "sweep.toml").write_text(text.replace("seed", "batch"))
+    with pytest.raises(InputError, match=r"sweep\.parquet must be of the last grid .* got none of batch"):
+        SweepTable.load(tmp_path)
+
+
+def test_lines_say_who_leads(tmp_path: Path) -> None:
+    picture = view(by_link(tmp_path))
+    stretches = leads(picture.x.numbers or (), picture.curves(), log=True, lower=False)
+    figure = lines(picture, stretches)
+    (ax,) = figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale()) == ("link (GB/s)", "decode rate (tokens/s)", "log")
+    drawn = {line.get_label(): [*line.get_ydata()] for line in ax.lines[: len(RATES)]}
+    assert drawn == RATES
+    assert words_of(figure) == ["cpu = same  \N{LEFTWARDS ARROW}  11.3 GB/s  \N{RIGHTWARDS ARROW}  link"]
+    assert ax.lines[-1].get_xdata()[0] == pytest.approx(8 * 2**0.5)
+
+
+def test_every_crossing_is_ringed_once(tmp_path: Path) -> None:
+    """Both systems that are equal cross the third in one place."""
+    picture = view(by_link(tmp_path), kind="crossovers")
+    found = crossings(picture.x.numbers or (), picture.curves(), log=True, lower=False)
+    assert len(found) == 2
+    figure = crossovers(picture, found)
+    assert words_of(figure) == ["11.3 GB/s"]
+    ring = figure.axes[0].lines[-1]
+    assert [ring.get_xdata()[0], ring.get_ydata()[0]] == pytest.approx([8 * 2**0.5, 10.0])
+
+
+def test_words_on_x_are_points_without_a_line(tmp_path: Path) -> None:
+    figure = lines(view(by_link(tmp_path), x="system", where=(f"{LINK}=4",)))
+    (line,) = figure.axes[0].lines
+    assert line.get_linestyle() == "None"
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [*RATES]
+
+
+def test_a_heat_map_has_its_numbers_at_their_place(tmp_path: Path) -> None:
+    figure = heatmap(view(by_numbers(tmp_path)))
+    ax, bar = figure.axes
+    (image,) = ax.images
+    cells = image.get_array()
+    assert cells is not None
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["25", "50"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["4", "8", "16", "32"]
+    assert cells[1].tolist() == [50.0 * link for link in LINKS]
+    assert words_of(figure)[:2] == ["100", "–"]  # noqa: RUF001
+    assert bar.get_ylabel() == "decode rate (tokens/s)"
+
+
+def test_a_large_heat_map_has_no_words(tmp_path: Path) -> None:
+    seeds, links = [*range(20)], [*range(1, 11)]
+    folder = stored(tmp_path, {"context": seeds, LINK: links}, [{"tokens_per_s": 1.0}] * 200)
+    figure = heatmap(view(folder))
+    assert words_of(figure) == []
+    assert len(figure.axes[0].get_xticklabels()) == 10
+
+
+def test_a_front_joins_and_names_its_points(tmp_path: Path) -> None:
+    picture = view(by_link(tmp_path), kind="pareto")
+    assert picture.hue is not None
+    frame = picture.table.frame
+    best = pareto(frame.gpu_bytes.tolist(), frame.tokens_per_s.tolist(), lower=False)
+    figure = front(picture, best)
+    (ax,) = figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("GPU memory (GB)", "decode rate (tokens/s)")
+    joined = ax.lines[0]
+    assert [*joined.get_xdata()] == pytest.approx([1.0, 1.2])
+    assert [*joined.get_ydata()] == [10.0, 16.0]
+    assert words_of(figure) == ["cpu, 4 GB/s", "link, 32 GB/s"]
+    assert [line.get_label() for line in ax.lines[1:]] == [*RATES]
+
+
+def test_numbers_in_a_legend_have_their_unit() -> None:
+    assert hue_label(Axis.of(LINK, [4, 8]), 8) == "8 GB/s"
+    assert hue_label(Axis.of("cache", ["12.5%"]), "12.5%") == "12.5% of the experts"
+    assert hue_label(Axis.of("seed", [3]), 3) == "seed 3"
+    assert hue_label(Axis.of("system", ["a"]), "a") == "a"
+
+
+def told(capsys: pytest.CaptureFixture[str], folder: Path, out: Path | None = None, **asked: Any) -> list[str]:
+    as_json = asked.pop("as_json", False)
+    plot(folder, View(**asked), out=out, as_json=as_json, force=False)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_words_of_lines_and_crossovers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = by_link(tmp_path)
+    first = "highest decode rate: cpu and same alike below 11.3 GB/s, link above 11.3 GB/s"
+    assert told(capsys, folder) == [first]
+    assert told(capsys, folder, kind="crossovers") == [
+        first,
+        "cpu wins below 11.3 GB/s, link above (interpolated between 8 GB/s and 16 GB/s)",
+        "same wins below 11.3 GB/s, link above (interpolated between 8 GB/s and 16 GB/s)",
+    ]
+    assert told(capsys, folder, kind="crossovers", value="misses") == [
+        "lowest misses: cpu from 4 GB/s to 32 GB/s",
+        "no two of cpu, same, link cross",
+    ]
+    rows = [{"stall_share": share, "tokens_per_s": 1.0} for share in (0.2, 0.4, 0.1, 0.7)]
+    seeds = stored(tmp_path / "seeds", {"cache": [4, 8], "seed": [0, 1]}, rows)
+    assert told(capsys, seeds, value="stall_share") == ["lowest stall share: 30.0% at cache 4"]
+    assert told(capsys, folder, where=("system=link",)) == [f"highest decode rate: 16.0 tokens/s at {LINK} 32"]
+
+
+def test_words_of_heat_maps_and_fronts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = "highest decode rate: 1,600 tokens/s at cache 50%, hardware.link_gb_per_s 32"
+    assert told(capsys, by_numbers(tmp_path)) == [best, "left out: 1 points that did not run"]
+    assert told(capsys, by_link(tmp_path), kind="pareto") == [
+        "2 of 12 points are beaten by no other, from the least GPU memory on:",
+        "  cpu, 4 GB/s: 1.00 GB, 10.0 tokens/s",
+        "  link, 32 GB/s: 1.20 GB, 16.0 tokens/s",
+    ]
+
+
+def test_records_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = by_link(tmp_path)
+    crossed = [json.loads(line) for line in told(capsys, folder, as_json=True)]
+    assert [(one["below"], one["above"], one["low"], one["high"]) for one in crossed] == [
+        ("cpu", "link", 8.0, 16.0),
+        ("same", "link", 8.0, 16.0),
+    ]
+    assert crossed[0]["x"] == pytest.approx(8 * 2**0.5)
+    assert crossed[0]["axis"] == LINK
+    best = [json.loads(line) for line in told(capsys, folder, kind="pareto", as_json=True)]
+    assert best[1] == {"system": "link", LINK: 32, "gpu_bytes": 1.2e9, "tokens_per_s": 16.0}
+    (cell,) = [json.loads(line) for line in told(capsys, by_numbers(tmp_path / "n"), as_json=True)]
+    assert cell == {"cache": "50%", LINK: 32, "tokens_per_s": 1600.0}
+
+
+@pytest.mark.parametrize("kind", ["lines", "heatmap", "crossovers", "pareto"])
+@pytest.mark.parametrize("ending", [".png", ".svg"])
+def test_every_kind_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, ending: str) -> None:
+    out = tmp_path / f"plot{ending}"
+    assert told(capsys, by_link(tmp_path / "s"), out, kind=kind)[-1] == f"out: {out}"
+    assert out.stat().st_size > 5000
+    with pytest.raises(InputError, match="out must be a new file"):
+        told(capsys, tmp_path / "s", out, kind=kind)
+
+
+def test_a_curve_has_nan_where_nothing_ran(tmp_path: Path) -> None:
+    picture = view(by_numbers(tmp_path), hue="cache")
+    assert isnan(picture.curves()["25% of the experts"][1])
+    assert lines(picture).axes[0].lines

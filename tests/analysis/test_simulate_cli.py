@@ -1,0 +1,168 @@
+"""`moetwin simulate`: one system or several, what a person is told, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import moetwin
+from sim.results import RunResult
+from traces import store
+from traces.edit import slice_trace
+from traces.shipped import find_trace
+
+PREFETCHER = """
+from sim.policies import PrefetchPolicy
+
+class Mine(PrefetchPolicy):
+    defaults = {"width": 2}
+    def candidates(self, view):
+        first = (view.layer + 1) % self.context.layers * self.context.experts
+        return [first + expert for expert in range(self.options["width"])]
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with the first six sequences of the recording that ships, and a policy."""
+    monkeypatch.chdir(tmp_path)
+    mixed = store.load(find_trace("mixed"))
+    store.save(slice_trace(mixed, sequences="0:6", tokens=60), tmp_path / "t.safetensors")
+    store.save(slice_trace(mixed, sequences="6:12", tokens=60), tmp_path / "other.safetensors")
+    Path("my.py").write_text(PREFETCHER)
+    return tmp_path
+
+
+def simulate(*words: str) -> Result:
+    return CliRunner().invoke(moetwin.app, ["simulate", "t.safetensors", *words])
+
+
+def shown(*words: str) -> str:
+    result = simulate(*words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def records(*words: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in shown(*words, "--json").splitlines()]
+
+
+def refused(*words: str) -> str:
+    result = simulate(*words)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    return line.removeprefix("error: ")
+
+
+def test_a_published_system_runs_by_its_name() -> None:
+    (record,) = records("--system", "hybrimoe", "--calibration", "other.safetensors")
+    system = record["system"]
+    assert isinstance(system, dict)
+    assert system["name"] == "hybrimoe"
+    assert (system["evict"], system["prefetch"], system["place"]) == ("mrs", "impact", "hybrimoe")
+    memory = record["memory"]
+    assert isinstance(memory, dict)
+    assert memory["experts_bytes"] == record["capacity_bytes"]
+
+
+def test_a_system_can_be_changed_and_says_so() -> None:
+    (record,) = records("--system", "hybrimoe", "--evict", "lfu", "--option", "prefetch.depth=1")
+    system = record["system"]
+    assert isinstance(system, dict)
+    assert system["name"] == "hybrimoe with evict lfu"
+    assert system["options"] == {"prefetch": {"depth": 1}}
+
+
+def test_what_was_not_calibrated_is_told() -> None:
+    assert "was given no calibration trace" in " ".join(shown("--system", "ktransformers").split())
+
+
+def test_a_policy_of_ones_own_is_found_by_its_kind() -> None:
+    (record,) = records("--policy-file", "my.py:Mine", "--option", "prefetch.width=4")
+    system = record["system"]
+    assert isinstance(system, dict)
+    assert system["prefetch"] == "my.py:Mine"
+    assert system["options"] == {"prefetch": {"width": 4}}
+
+
+def test_a_system_file_with_a_policy_and_a_memory_limit() -> None:
+    Path("mine.toml").write_text('like = "mixtral-offloading"\nprefetch = "my.py:Mine"\n')
+    (record,) = records("--system", "mine.toml", "--gpu-memory", "24MB", "--context", "256")
+    memory = record["memory"]
+    assert isinstance(memory, dict)
+    assert memory["context"] == 256
+    assert sum(memory[part] for part in ("dense_bytes", "kv_bytes", "staging_bytes", "experts_bytes")) <= 24e6
+
+
+def test_systems_stand_side_by_side_with_equal_bytes(folder: Path) -> None:
+    names = ["hybrimoe", "ktransformers", "moe-infinity"]
+    found = records("--systems", ",".join(names), "--calibration", "other.safetensors", "--out", "runs")
+    assert {record["system"] for record in found} == set(names)
+    assert len({record["gpu_bytes"] for record in found}) == 1
+    for record in found:
+        bound, token = record["bound_token_s"], record["token_s"]
+        assert isinstance(bound, float)
+        assert isinstance(token, float)
+        assert token >= bound * (1 - 1e-12)
+    for name in names:
+        assert RunResult.load(folder / "runs" / name).info.system["name"] == name
+
+
+def test_the_table_tells_of_memory_and_of_who_is_quickest() -> None:
+    text = shown("--systems", "all", "--out", "runs")
+    assert "equal for all: " in text
+    assert "quickest without knowing the future: " in text
+    assert Path("runs/systems.png").stat().st_size > 10_000
+    assert max(map(len, text.split("equal for all")[0].splitlines())) <= 80
+
+
+def test_who_cannot_run_is_named_with_the_reason() -> None:
+    trace = store.load(Path("t.safetensors"))
+    arrays = {name: array for name, array in trace.arrays() if name != "lookahead"}
+    store.save(type(trace).of(trace.header, **arrays), Path("t.safetensors"), force=True)
+    result = simulate("--systems", "hybrimoe,ktransformers", "--json")
+    assert result.exit_code == 0
+    assert "left out: hybrimoe: trace must have look-ahead of depth 3" in result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    assert len(records("--systems", "hybrimoe,ktransformers", "--lookahead-recall", "0.8")) == 2
+
+
+def test_requests_may_arrive_over_time() -> None:
+    words = ["--batch", "2", "--batching", "continuous", "--arrivals", "poisson", "--rate-per-s", "20"]
+    (record,) = records(*words)
+    workload = record["workload"]
+    assert isinstance(workload, dict)
+    assert workload["order"] == "continuous"
+    assert workload["arrivals"] == "poisson"
+    first = records(*words, "--systems", "mixtral-offloading,on-demand")
+    assert first == records(*words, "--systems", "mixtral-offloading,on-demand")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--system hybridmoe", "system must be a known name, got 'hybridmoe' (did you mean hybrimoe"),
+        ("--systems hybrimoe,gone.toml", "system file must be readable, got gone.toml"),
+        ("--systems , ", "systems must be names with commas, or all, got ','"),
+        ("--systems all --evict lru", "evict must not be given together with systems, got lru"),
+        ("--option depth=1", "option must be KIND.NAME=VALUE, got 'depth=1'"),
+        ("--option evict.alpha=1", "options.evict must be left out for lru, which has none, got alpha"),
+        ("--evict mrs --option evict.alpha=x", "evict.alpha must be a number, got 'x'"),
+        ("--evict mrs --option evict.alpha=7", "evict mrs: alpha must be above 0 and at most 1, got 7.0"),
+        ("--policy-file my.py:Mine --prefetch none", "prefetch must be given once, got none and my.py:Mine"),
+        ("--context 3", "context must be at least"),
+        ("--gpu-memory 1MB", "gpu-memory must be at least"),
+        ("--batching sometimes", "batching must be a known name, got 'sometimes'"),
+        ("--arrivals poisson", "rate_per_s must be given with poisson arrivals, got nothing"),
+        ("--arrivals gone.csv", "arrivals must be"),
+        ("--evict belady --arrivals poisson --rate-per-s 9", "arrivals must be left out (or all be 0) for belady"),
+        ("--lookahead-recall 0.5", "lookahead-recall must be left out for a trace that has recorded look-ahead"),
+    ],
+)
+def test_mistakes_are_one_line(words: str, told: str, folder: Path) -> None:
+    before = sorted(folder.iterdir())
+    assert refused(*words.split()).startswith(told)
+    assert sorted(folder.iterdir()) == before

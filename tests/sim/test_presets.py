@@ -1,0 +1,142 @@
+"""Published systems, and systems of a user's own: what they are made of, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sim.presets import Preset, find_preset, preset, preset_names
+from sim.systems import Budget, SystemSpec
+from traces.errors import InputError
+
+PUBLISHED = frozenset(
+    {
+        "all-resident",
+        "on-demand",
+        "layer-split",
+        "cpu-experts",
+        "ktransformers",
+        "fiddler",
+        "mixtral-offloading",
+        "moe-infinity",
+        "se-moe",
+        "pre-gated",
+        "adapmoe",
+        "hybrimoe",
+        "hybrimoe-code",
+        "dali",
+        "freetoken",
+        "oracle",
+    }
+)
+"""Every row of the comparison but ExpertFlow's."""
+OWN = """
+from sim.policies import EvictionPolicy
+
+class Own(EvictionPolicy):
+    def key(self, block):
+        return 0
+"""
+
+
+@pytest.fixture
+def system_file(tmp_path: Path) -> Callable[[str], str]:
+    def written(text: str) -> str:
+        (tmp_path / "mine.toml").write_text(text)
+        return str(tmp_path / "mine.toml")
+
+    return written
+
+
+def test_every_published_system_stands_there_with_its_source() -> None:
+    assert set(preset_names()) >= PUBLISHED
+    for name in preset_names():
+        found = preset(name)
+        assert found.name == name
+        assert found.summary, name
+        assert found.source, name
+        assert found.leaves_out, name
+
+
+def test_hybrimoe_is_what_its_paper_says() -> None:
+    system = preset("hybrimoe").system
+    assert (system.evict, system.prefetch, system.place, system.scope) == ("mrs", "impact", "hybrimoe", "layer")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PUBLISHED if preset(name).uncalibrated))
+def test_what_has_to_be_fitted_has_a_stand_in_and_says_so(name: str) -> None:
+    found = preset(name)
+    system, notes = found.fitted(calibrated=False)
+    assert "calibration" in found.system.needs
+    assert "calibration" not in system.needs
+    assert notes[0].startswith(f"{name} was given no calibration trace: ")
+    assert found.fitted(calibrated=True) == (found.system, [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "slots"),
+    [
+        ({"unlimited": True}, 8),
+        ({"system": {"scope": "global", "holds": "two layers"}}, 16),
+        ({"system": {"scope": "global", "holds": "nothing"}}, 1),
+        ({}, 40),
+    ],
+)
+def test_a_system_uses_what_it_says_of_the_slots(fields: dict[str, object], slots: int) -> None:
+    found = Preset.model_validate({"system": {}, **fields})
+    assert found.budget(Budget(slots=40), layers=10, experts=8) == Budget(slots=slots)
+
+
+def test_a_file_takes_over_what_it_leaves_out(system_file: Callable[[str], str]) -> None:
+    name = system_file('like = "hybrimoe"\nevict = "lru"\n[options.prefetch]\ndepth = 1\n')
+    found = find_preset(name)
+    assert found.name == "mine"
+    assert found.system.evict == "lru"
+    assert found.system.place == "hybrimoe"
+    assert found.system.lookahead_depth == 1
+
+
+def test_a_file_may_name_itself_and_a_policy_beside_it(system_file: Callable[[str], str], tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    found = find_preset(system_file('name = "ours"\nevict = "own.py:Own"\n'))
+    assert found.name == "ours"
+    assert found.system.policy("evict").name == "Own"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('evict = "lro"', "evict must be a known name, got 'lro' (did you mean lru"),
+        ('evicts = "lru"', "field must be a known name, got 'evicts' (did you mean evict"),
+        ('like = "hybrimo"', "like must be a known name, got 'hybrimo' (did you mean hybrimoe"),
+        ("evict = ", "system file must be TOML"),
+        ("[options.evict]\nalpha = 1", "options.evict must be left out for lru, which has none, got alpha"),
+        ('evict = "mrs"\n[options.evict]\nalpa = 1', "options.evict must be a known name, got 'alpa'"),
+        ("[options.evicts]\nalpha = 1", "options must be a known name, got 'evicts'"),
+        ('holds = "nothing"', "scope must be global where a system holds nothing, got layer"),
+        ("sim_only = 3", "sim_only must be a valid boolean"),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused(text: str, told: str, system_file: Callable[[str], str]) -> None:
+    name = system_file(text)
+    with pytest.raises(InputError) as caught:
+        find_preset(name)
+    assert told in str(caught.value)
+    assert "mine.toml" in str(caught.value)
+
+
+def test_an_unknown_system_is_refused_with_its_near_names() -> None:
+    with pytest.raises(InputError, match=r"system must be a known name, got 'hybridmoe' \(did you mean hybrimoe"):
+        find_preset("hybridmoe")
+    with pytest.raises(InputError, match=r"system file must be readable, got gone\.toml"):
+        find_preset("gone.toml")
+
+
+def test_a_constant_that_a_policy_refuses_names_the_policy() -> None:
+    from sim.policies import PolicyContext
+
+    system = SystemSpec(evict="mrs", options={"evict": {"alpha": 2.0}})
+    with pytest.raises(InputError, match="evict mrs: alpha must be above 0 and at most 1, got 2"):
+        system.eviction(PolicyContext(2, 4, 2))

@@ -1,0 +1,310 @@
+"""Sweeps: what their table holds, and that nothing is lost, run twice, or stale, whatever happens to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sim.results import ResultError
+from sim.scenario import Prepared
+from sim.sweep import point, store
+from sim.sweep.point import Outcome, Task, prepared_of, run_point
+from sim.sweep.store import opened
+from tests.sim.sweeping import COUNTING, LINKS, Seen, grid, untimed, write_trace
+from traces.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path: Path) -> None:
+    write_trace(tmp_path)
+    (tmp_path / "own.py").write_text(COUNTING)
+
+
+def runs(folder: Path) -> int:
+    """How many runs the counting policy has seen; each has two sequences."""
+    path = folder / "runs.txt"
+    return len(path.read_text().splitlines()) // 2 if path.exists() else 0
+
+
+def sweep(folder: Path, axes: dict[str, Any], **more: Any) -> tuple[pd.DataFrame, Seen]:
+    base = {name: more.pop(name) for name in list(more) if name not in ("resume", "name", "jobs", "out")}
+    seen = Seen()
+    return seen.sweep(grid(folder, axes, **base), folder / more.pop("out", "out"), **more), seen
+
+
+def test_rows_are_runs_in_the_order_of_the_grid(tmp_path: Path) -> None:
+    axes = {"system": ["on-demand", "fiddler-code"], **LINKS}
+    wanted = grid(tmp_path, axes, calibration="other.safetensors", cache="25%")
+    write_trace(tmp_path, "other.safetensors", seed=5)
+    seen = Seen()
+    table = seen.sweep(wanted, tmp_path / "out")
+    assert [(row.system, row["hardware.link_gb_per_s"]) for _, row in table.iterrows()] == [
+        (system, link) for system in axes["system"] for link in (4, 16)
+    ]
+    assert set(table.status) == {"ok"}
+    assert set(table.reason) == {""}
+    first = prepared_of(_scenario(wanted, 0))
+    run = first.run()
+    assert {name: table[name][0] for name in run.headline()} == run.headline()
+    assert table.capacity_bytes[0] == first.budget.slots * first.model.expert_bytes
+    assert table.gpu_bytes[0] == first.memory.total_bytes
+    assert table.synthetic.all()
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "sweep.parquet"), table)
+
+
+def _scenario(wanted: Any, place: int) -> Any:
+    from sim.sweep.run import Sweep
+
+    return Sweep.of(wanted).scenarios[place]
+
+
+def test_busy_shares_are_of_the_events(tmp_path: Path) -> None:
+    wanted = grid(tmp_path, {"seed": [1]}, system="hybrimoe-code")
+    table = Seen().sweep(wanted, tmp_path / "out")
+    run = prepared_of(_scenario(wanted, 0)).run()
+    took = (run.events.end_s - run.events.start_s).groupby(run.events.resource).sum() / run.events.end_s.max()
+    for name in ("gpu", "cpu", "link"):
+        share = table[f"{name}_busy_share"][0]
+        assert 0 < share <= 1
+        assert share == pytest.approx(took[name], rel=0.02), name
+
+
+def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
+    axes = {"system": ["on-demand", "hybrimoe-code"], **LINKS}
+    one, _ = sweep(tmp_path, axes, out="one")
+    two, _ = sweep(tmp_path, axes, out="two", jobs=2)
+    pd.testing.assert_frame_equal(untimed(one), untimed(two), check_exact=True)
+    stored = [untimed(pd.read_parquet(tmp_path / name / "sweep.parquet")) for name in ("one", "two")]
+    pd.testing.assert_frame_equal(*stored, check_exact=True)
+
+
+def test_systems_of_one_pool_get_the_bytes_of_those_of_many(tmp_path: Path) -> None:
+    """10% of 32 experts is 3 slots in each of 8 layers, and would be 25 of a pool of 256; 5 slots are 40."""
+    table, _ = sweep(tmp_path, {"cache": ["10%", 5], "system.scope": ["layer", "global"]})
+    expert = 3 * 192 * 64 * 4
+    assert (table.capacity_bytes / expert).tolist() == [24, 24, 40, 40]
+    assert table.cache.tolist() == ["10%", "10%", "5", "5"]
+
+
+def test_what_cannot_run_is_a_row_with_the_reason(tmp_path: Path) -> None:
+    table, seen = sweep(tmp_path, {"cache": ["1%", "25%"], "system": ["on-demand", "mixtral-offloading"]})
+    assert table.status.tolist() == ["refused", "refused", "ok", "refused"]
+    assert table.reason[0] == "cache must be between 1 and 32 slots, got 1% which is 0"
+    assert table.reason[3].startswith("trace must have look-ahead of depth 1 for prefetch next-router")
+    assert table.tokens_per_s.isna().tolist() == [True, True, False, True]
+    again, resumed = sweep(
+        tmp_path, {"cache": ["1%", "25%"], "system": ["on-demand", "mixtral-offloading"]}, resume=True
+    )
+    assert (resumed.known, resumed.todo, len(seen.outcomes)) == (4, 0, 4)
+    pd.testing.assert_frame_equal(again, table, check_exact=True)
+
+
+def test_when_nothing_can_run_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cache must be between 1 and 32 slots, got 1%"):
+        sweep(tmp_path, {"seed": [1, 2]}, cache="1%")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean lru"):
+        sweep(tmp_path, {"system.evict": ["lru", "lruu"]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_grid_runs_only_what_is_new(tmp_path: Path) -> None:
+    own = {"system__evict": "own.py:Counting"}
+    sweep(tmp_path, {"cache": ["25%", "50%"]}, **own)
+    assert runs(tmp_path) == 2
+    table, seen = sweep(tmp_path, {"cache": ["50%", "75%", "25%"], "seed": [0, 1]}, **own, resume=True)
+    assert (seen.known, seen.todo, runs(tmp_path)) == (2, 4, 6)
+    assert table.cache.tolist() == ["50%", "50%", "75%", "75%", "25%", "25%"]
+    narrow, seen = sweep(tmp_path, {"cache": ["75%"]}, **own, resume=True)
+    assert (seen.todo, runs(tmp_path), narrow.cache.tolist()) == (0, 6, ["75%"])
+
+
+def test_points_of_one_content_are_one_run(tmp_path: Path) -> None:
+    (tmp_path / "copy.toml").write_text('evict = "own.py:Counting"')
+    table, seen = sweep(tmp_path, {"system": ["copy.toml"], "system.evict": ["own.py:Counting", "lru"]})
+    assert (runs(tmp_path), seen.todo) == (1, 2)
+    table, seen = sweep(
+        tmp_path, {"hardware.link_gb_per_s": [8, 8.5], "hardware": ["rtx4090-epyc9374f"]}, out="b", seed=0
+    )
+    assert table.key.nunique() == 2
+    (tmp_path / "same.toml").write_text('like = "on-demand"\nname = "same"')
+    table, seen = sweep(tmp_path, {"system": ["on-demand", "same.toml"]}, out="c")
+    assert (seen.todo, len(table), table.key.nunique()) == (1, 2, 1)
+    assert table.system.tolist() == ["on-demand", "same.toml"]
+
+
+def test_a_policy_that_changes_is_run_again(tmp_path: Path) -> None:
+    own = {"system__evict": "own.py:Counting"}
+    first, _ = sweep(tmp_path, {"cache": ["25%"]}, **own)
+    (tmp_path / "own.py").write_text(COUNTING.replace("return block", "return -block"))
+    second, _ = sweep(tmp_path, {"cache": ["25%"]}, **own, resume=True)
+    assert runs(tmp_path) == 2
+    assert first.key[0] != second.key[0]
+    assert first.misses[0] != second.misses[0]
+
+
+def test_what_changes_while_the_sweep_runs_is_not_taken(tmp_path: Path) -> None:
+    wanted = grid(tmp_path, {"seed": [1]}, system__evict="own.py:Counting")
+    outcome = run_point(Task("0" * 40, _scenario(wanted, 0)))
+    assert outcome.status == "failed"
+    assert "have changed since the sweep began" in outcome.reason
+
+
+def test_a_failure_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(scenario: Any) -> Prepared:
+        if scenario.seed == 2:
+            raise ZeroDivisionError("no way")
+        return prepared_of(scenario)
+
+    monkeypatch.setattr(point, "prepared_of", broken)
+    axes = {"seed": [1, 2, 3]}
+    table, _ = sweep(tmp_path, axes)
+    assert table.status.tolist() == ["ok", "failed", "ok"]
+    assert table.reason[1].startswith("ZeroDivisionError: no way (test_sweep_run.py, line ")
+    monkeypatch.undo()
+    again, seen = sweep(tmp_path, axes, resume=True)
+    assert (seen.known, seen.todo) == (2, 1)
+    assert set(again.status) == {"ok"}
+
+
+def test_an_interrupt_leaves_a_table_of_what_is_done(tmp_path: Path) -> None:
+    class Impatient(Seen):
+        def sweep(self, *args: Any, **more: Any) -> pd.DataFrame:
+            self.outcomes = _Bounded()
+            return super().sweep(*args, **more)
+
+    class _Bounded(list[Outcome]):
+        def append(self, one: Outcome) -> None:
+            super().append(one)
+            if len(self) == 2:
+                raise KeyboardInterrupt
+
+    wanted = grid(tmp_path, {"seed": [5, 1, 4]})
+    with pytest.raises(KeyboardInterrupt):
+        Impatient().sweep(wanted, tmp_path / "out")
+    assert pd.read_parquet(tmp_path / "out" / "sweep.parquet").seed.tolist() == [5, 1]
+    seen = Seen()
+    assert seen.sweep(wanted, tmp_path / "out", resume=True).seed.tolist() == [5, 1, 4]
+    assert (seen.known, seen.todo) == (2, 1)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_loses_nothing_and_runs_nothing_twice(tmp_path: Path) -> None:
+    """Twice killed while it works in two processes; what was kept is left alone, and the end is as without a kill."""
+    own = {"system__evict": "own.py:Counting", "system__options__evict__pause_s": 0.05}
+    axes = {"seed": list(range(16))}
+    text = f"""
+from pathlib import Path
+from tests.sim.sweeping import Seen, grid
+folder = Path({str(tmp_path)!r})
+Seen().sweep(grid(folder, {axes!r}, **{own!r}), folder / "out", resume=True, jobs=2)
+"""
+    points = tmp_path / "out" / "points"
+    kept: dict[str, int] = {}
+    for least in (3, 7):
+        process = subprocess.Popen([sys.executable, "-c", text], cwd=ROOT, start_new_session=True)
+        while len([*points.glob("*.json")]) < least:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        now = {path.name: path.stat().st_mtime_ns for path in points.glob("*.json")}
+        assert now.items() >= kept.items()
+        assert len(now) < 16
+        kept = now
+    done = runs(tmp_path)
+    assert done <= len(kept) + 2 * 4, (
+        "only what was under way, or just done, at a kill can have been begun and not kept"
+    )
+    seen = Seen()
+    table = seen.sweep(grid(tmp_path, axes, **own), tmp_path / "out", resume=True)
+    assert (seen.known, seen.todo, runs(tmp_path)) == (len(kept), 16 - len(kept), done + 16 - len(kept))
+    assert {name: (points / name).stat().st_mtime_ns for name in kept} == kept
+    assert not [*tmp_path.rglob("*.partial")]
+    whole = Seen().sweep(grid(tmp_path, axes, **own), tmp_path / "whole")
+    pd.testing.assert_frame_equal(untimed(table), untimed(whole), check_exact=True)
+
+
+def test_a_point_file_that_is_torn_is_run_again(tmp_path: Path) -> None:
+    table, _ = sweep(tmp_path, {"seed": [1, 2]})
+    for content in ("{", json.dumps({"key": table.key[1], "status": "ok"}), "3"):
+        (tmp_path / "out" / "points" / f"{table.key[0]}.json").write_text(content)
+        again, seen = sweep(tmp_path, {"seed": [1, 2]}, resume=True)
+        assert seen.todo == 1, content
+        pd.testing.assert_frame_equal(untimed(again), untimed(table), check_exact=True)
+
+
+def test_whose_folder_it_is(tmp_path: Path) -> None:
+    sweep(tmp_path, {"seed": [1]})
+    with pytest.raises(ResultError, match=r"out must be a new folder \(or give --resume"):
+        sweep(tmp_path, {"seed": [1]})
+    with pytest.raises(ResultError, match=r"out must hold a sweep of the same base .* with another cache, batch"):
+        sweep(tmp_path, {"seed": [1]}, cache="50%", batch=2, resume=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    with pytest.raises(ResultError, match=r"out must be a folder of a sweep, with sweep\.toml, got .*other: none"):
+        sweep(tmp_path, {"seed": [1]}, out="other", resume=True)
+    with pytest.raises(ResultError, match=r"out must be a folder that can be written, got .*mine\.txt: it is a file"):
+        sweep(tmp_path, {"seed": [1]}, out="other/mine.txt", resume=True)
+    assert [path.name for path in other.iterdir()] == ["mine.txt"]
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
+    wanted = grid(tmp_path, {"seed": [1]})
+    with (
+        opened(tmp_path / "out", wanted, resume=False),
+        pytest.raises(ResultError, match="out must not be in use by another sweep"),
+    ):
+        Seen().sweep(wanted, tmp_path / "out", resume=True)
+    assert len(Seen().sweep(wanted, tmp_path / "out", resume=True)) == 1
+
+
+def test_an_outcome_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    wanted = grid(tmp_path, {"seed": [1]})
+    with opened(tmp_path / "out", wanted, resume=False) as kept:
+        monkeypatch.setattr(store.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            kept.add(Outcome("k", "ok"))
+    assert not [*(tmp_path / "out" / "points").glob("*.json")]
+
+
+def test_axes_are_columns_of_one_type(tmp_path: Path) -> None:
+    axes = {"cache": [8, "25%"], "hardware.link_gb_per_s": [4, 5.5], "system.write_back": [False], "seed": [3]}
+    table, _ = sweep(tmp_path, axes)
+    assert [table[name].dtype for name in axes][1:] == [np.float64, np.bool_, np.int64]
+    assert table.cache.tolist() == ["8", "8", "25%", "25%"]
+
+
+def test_a_worker_imports_no_torch(tmp_path: Path) -> None:
+    text = f"""
+import sys
+from pathlib import Path
+from tests.sim.sweeping import grid
+from sim.sweep.run import Sweep
+from sim.sweep.point import run_point
+folder = Path({str(tmp_path)!r})
+(task,) = Sweep.of(grid(folder, {{"seed": [1]}})).tasks({{}})
+assert run_point(task).status == "ok"
+assert sys.modules.keys().isdisjoint({{"torch", "transformers", "matplotlib", "typer"}})
+"""
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
