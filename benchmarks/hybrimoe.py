@@ -56,7 +56,6 @@ ABLATION_PUBLISHED = {
     "+ caching": {"decode": 1.38},
     "all": {"decode": 1.86, "prefill": 1.31},
 }
-ABLATED = (MODELS[1:2], CACHES[:1])
 RATES = {"decode": ("cpu_memory_efficiency", 0.01, 1.0), "prefill": ("cpu_int8_tops_per_s", 0.1, 100.0)}
 """The rate of the CPU that binds each phase, and the limits between which it is sought."""
 ABLATION: dict[str, dict[str, str]] = {
@@ -67,6 +66,10 @@ ABLATION: dict[str, dict[str, str]] = {
 }
 """What each row of the paper's ablation adds to KTransformers: a cache can only follow the routing if something is
 copied into it, for which its released code has a prefetch by the scores of the next layer."""
+EVERYWHERE = (MODELS, CACHES, {"hybrimoe": dict[str, str]()})
+ABLATED = (MODELS[1:2], CACHES[:1], ABLATION)
+"""Models, caches and systems that are run."""
+SLOW = "CPU as slow as published"
 VARIATIONS: dict[str, dict[str, float | str]] = {
     "as catalogued": {},
     "captured graphs": {"regime": "graph"},
@@ -96,31 +99,16 @@ def main(
             write_routing(law, model, sequences, Path(folder))
         with Parallel(n_jobs=jobs) as parallel:
             found = {
-                name: _ratios(parallel, Path(folder), MODELS, CACHES, {"hybrimoe": {}}, change)["hybrimoe"]
+                name: _ratios(parallel, Path(folder), *EVERYWHERE, change)["hybrimoe"]
                 for name, change in VARIATIONS.items()
             }
             rates = {what: rate_of_baseline(Path(folder), what) for what in BASELINE_S}
-            fitted = {
-                what: _ratios(parallel, Path(folder), MODELS, CACHES, {"hybrimoe": {}}, {RATES[what][0]: rate})[
-                    "hybrimoe"
-                ]
-                for what, rate in rates.items()
-            }
-            found["CPU as slow as published"] = {
-                setting: {key: fitted[key.split()[0]][setting][key] for key in times}
-                for setting, times in fitted["decode"].items()
-            }
-            ablations = {"as catalogued": _ratios(parallel, Path(folder), *ABLATED, ABLATION, {})}
-            parts = {
-                what: _ratios(parallel, Path(folder), *ABLATED, ABLATION, change) for what, change in changes.items()
-            }
-            ablations["CPU as slow as published"] = {
-                name: {
-                    setting: {key: parts[key.split()[0]][name][setting][key] for key in times}
-                    for setting, times in settings.items()
-                }
-                for name, settings in parts["decode"].items()
-            }
+            slow = {what: {RATES[what][0]: rate} for what, rate in rates.items()}
+            every = {what: _ratios(parallel, Path(folder), *EVERYWHERE, change) for what, change in slow.items()}
+            found[SLOW] = _each_by_its_own(every)["hybrimoe"]
+            parts = {what: _ratios(parallel, Path(folder), *ABLATED, change) for what, change in slow.items()}
+            plain = _ratios(parallel, Path(folder), *ABLATED, {})
+            ablations = {"as catalogued": plain, SLOW: _each_by_its_own(parts)}
     figures = {
         "machine": MACHINE,
         "sequences": sequences,
@@ -135,7 +123,7 @@ def main(
     for name, ablation in ablations.items():
         console.print(_by_part(name, ablation))
     told = ", ".join(f"{RATES[what][0]} {rate:.3g} for {what}" for what, rate in rates.items())
-    console.print(f"CPU as slow as published: {told} (in the catalogue 0.312 and 2.8)")
+    console.print(f"{SLOW}: {told} (in the catalogue 0.312 and 2.8)")
 
 
 def write_routing(law: Law, model: str, sequences: int, folder: Path) -> None:
@@ -193,6 +181,21 @@ def rate_of_baseline(folder: Path, what: str) -> float:
     return math.exp(brentq(excess, *ends, xtol=0.01))
 
 
+Ratios = dict[str, dict[str, Times]]
+"""By system, by model and cache: how many times as fast as KTransformers it is."""
+
+
+def _each_by_its_own(by_phase: Mapping[str, Ratios]) -> Ratios:
+    """The ratios of each phase from the run whose constants are fitted to it."""
+    return {
+        name: {
+            setting: {key: by_phase[key.split()[0]][name][setting][key] for key in times}
+            for setting, times in settings.items()
+        }
+        for name, settings in by_phase["decode"].items()
+    }
+
+
 def _ratios(
     parallel: Parallel,
     folder: Path,
@@ -200,15 +203,15 @@ def _ratios(
     caches: tuple[str, ...],
     systems: Mapping[str, Mapping[str, str]],
     change: Mapping[str, Any],
-) -> dict[str, dict[str, Times]]:
-    """By system, by model and cache: how many times as fast as KTransformers it is."""
+) -> Ratios:
+    """Runs ``systems`` and KTransformers on ``models`` and ``caches``, on the machine with ``change``."""
     baseline = preset("ktransformers")
     chosen = {name: _system(name, fields) for name, fields in systems.items()}
     settings = [(model, cache) for model in models for cache in caches]
     work = [(model, cache, system) for model, cache in settings for system in (baseline, *chosen.values())]
     done = parallel(delayed(times_of)(folder, model, cache, system, change) for model, cache, system in work)
     width = 1 + len(chosen)
-    found: dict[str, dict[str, Times]] = {name: {} for name in chosen}
+    found: Ratios = {name: {} for name in chosen}
     for place, (model, cache) in enumerate(settings):
         slow, *quick = done[place * width : (place + 1) * width]
         for name, times in zip(chosen, quick, strict=True):
