@@ -44,6 +44,10 @@ ComputeTableFile = Annotated[
 ProfileFile = Annotated[
     Path | None, typer.Option("--profile", help="Measured costs of `moetwin calibrate`, not a catalogue.")
 ]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(help="Host memory for experts, such as 32GiB; what it does not hold is read from disk."),
+]
 Context = Annotated[
     int | None, typer.Option(min=1, help="Tokens of KV cache to make room for; else the trace's longest sequence.")
 ]
@@ -75,6 +79,7 @@ def simulate(
     scope: options.Scope = None,
     cache: options.Cache = None,
     gpu_memory: options.GpuMemory = None,
+    host_memory: HostMemory = None,
     context: Context = None,
     model: Model = None,
     model_set: ModelSet = None,
@@ -132,6 +137,7 @@ def simulate(
         profile=profile,
         cache=cache,
         gpu_memory=gpu_memory,
+        host_memory=host_memory,
         context=context,
         batch=batch,
         batching=batching,  # type: ignore[arg-type]  # one of BATCHINGS

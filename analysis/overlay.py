@@ -16,7 +16,7 @@ from analysis.style import GRID, INK, MEASURED, MUTED, SIMULATED, TEXT_PT, WIDE,
 from sim.results import RunResult
 from traces.errors import InputError
 
-RESOURCES = ("host", "gpu", "link", "cpu")
+RESOURCES = ("host", "gpu", "link", "link-back", "cpu", "disk")
 """Rows from top to bottom; another resource that a run names comes after these."""
 
 PALE_KINDS = frozenset({"dense", "head", "plan"})

@@ -5,6 +5,12 @@ and one for a kernel, a kernel waits for its own copy. It replays the operations
 decides them, and keeps the tables that a sweep keeps: requests, tokens and layers, without operations and events.
 
     python -m benchmarks.simpy_floor [TRACE] [--repeats 5] [--out FILE.json]
+
+Where the trace has scores and look-ahead, HybriMoE with its prefetch runs as well, for its own rate: it does other work
+than the skeleton. At the dimensions of DeepSeek-V2-Lite:
+
+    moetwin trace like mixed --model deepseek-v2-lite --sequences 4 --new-tokens 128 --out v2-lite.safetensors
+    python -m benchmarks.simpy_floor v2-lite.safetensors
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from sim.results import RunResult
 from sim.run import build_controller, routings_of, run_info, simulate
 from sim.spec import ModelSpec
 from sim.spec.catalogue import REFERENCE_MACHINE, hardware
+from sim.spec.catalogue import model as catalogue_model
 from sim.systems import Budget, SystemSpec, parse_capacity
 from traces.schema import Trace
 from traces.shipped import find_trace
@@ -38,6 +45,7 @@ from traces.store import load
 from traces.workload import Workload, one_at_a_time
 
 DENSE_S, EXPERT_S, COPY_S = 60e-6, 15e-6, 40e-6
+HYBRIMOE = SystemSpec(evict="mrs", prefetch="impact", place="hybrimoe")
 
 
 def skeleton(layers: list[tuple[list[int], list[tuple[int, bool]]]]) -> float:
@@ -97,6 +105,14 @@ def small_model(trace: Trace) -> ModelSpec:
     )  # fmt: skip
 
 
+def _model(trace: Trace) -> ModelSpec:
+    """The catalogue's DeepSeek-V2-Lite where the trace has its dimensions, so that times are in its proportions."""
+    found = catalogue_model("deepseek-v2-lite")
+    header = trace.header
+    same = (header.layers, header.experts, header.top_k) == (found.moe_layers, found.experts, found.top_k)
+    return found if same else small_model(trace)
+
+
 def by_events(workload: Workload, budget: Budget, costs: RooflineCosts) -> None:
     """The same run with a SimPy event for every copy and group of kernels, as prefetch and contention need it."""
     controller = build_controller(workload, SystemSpec(), budget, costs)
@@ -111,7 +127,7 @@ def measure(workload: Workload, repeats: int) -> dict[str, float]:
     header = workload.trace.header
     budget = parse_capacity("25%", layers=header.layers, experts=header.experts)
     machine = hardware(REFERENCE_MACHINE)
-    costs = RooflineCosts(small_model(workload.trace), machine)
+    costs = RooflineCosts(_model(workload.trace), machine)
     run = simulate(workload, SystemSpec(), budget, costs, hardware=machine.name)
     layers = layers_of(run)
     contestants: dict[str, Callable[[], object]] = {
@@ -121,6 +137,10 @@ def measure(workload: Workload, repeats: int) -> dict[str, float]:
         "engine, by events": lambda: by_events(workload, budget, costs),
         "skeleton": lambda: skeleton(layers),
     }
+    if workload.trace.lookahead_depth >= HYBRIMOE.lookahead_depth and workload.trace.scores is not None:
+        contestants["hybrimoe, impact"] = lambda: simulate(
+            workload, HYBRIMOE, budget, costs, hardware=machine.name, events=False, operations=False
+        )
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, contestant in contestants.items():

@@ -100,7 +100,7 @@ def decode(
     system that has to know the future, and for more tokens than the model has positions.
     """
     check_causal(system, calibration)
-    check_host(budget)
+    check_host(system, budget)
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     loaded = machine.loaded
@@ -145,7 +145,7 @@ def replay(
     Every policy can run here, also those that know the future. Token ids beyond the model's vocabulary are wrapped
     round. Raises :class:`InputError` when trace and model do not fit each other.
     """
-    check_host(budget)
+    check_host(system, budget)
     trace, loaded = workload.trace, machine.loaded
     router = Replay(trace, loaded, device=machine.device.torch_device)
     controller = build_controller(workload, system, budget, costs, calibration)
@@ -170,10 +170,12 @@ def replay(
     return _result(machine, executor, controller, workload)
 
 
-def check_host(budget: Budget) -> None:
-    """Raises :class:`InputError` for experts on a disk, from which this clock does not read."""
+def check_host(system: SystemSpec, budget: Budget) -> None:
+    """Raises :class:`InputError` for experts on a disk and dense layers on the CPU, which only the simulator knows."""
     if budget.host_slots is not None:
         raise InputError(f"host_slots must be left out of a measured run, got {budget.host_slots}")
+    if system.dense_follows:
+        raise InputError("dense_follows must be left out of a measured run, where dense layers stay, got true")
 
 
 class _Guide:

@@ -65,6 +65,8 @@ def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
         if not depth or trace.lookahead is None:
             return ()
         ids = trace.lookahead[step.rows, :, :depth]  # [n, L, D, K]
+        if len(step.rows) == 1:  # a token names distinct experts, each once
+            return [[[(one, 1) for one in named if one != NOT_ROUTED] for named in layer] for layer in ids[0].tolist()]
         return [
             [most_named(ids[:, layer, ahead].ravel().tolist()) for ahead in range(depth)]
             for layer in range(ids.shape[1])

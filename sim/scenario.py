@@ -23,7 +23,7 @@ from sim.spec.compute_table import ComputeTable
 from sim.spec.overrides import Value
 from sim.spec.profile import Profile
 from sim.systems import Budget, SystemSpec
-from sim.target import budget_of, model_for, plan_of
+from sim.target import budget_of, model_for, parse_bytes, plan_of
 from traces.batching import BatchSpec, Requests
 from traces.errors import InputError
 from traces.limits import MOST_BATCH
@@ -41,7 +41,7 @@ class Scenario(BaseModel):
     """One simulated run. Every field is plain, so that two scenarios with equal fields and files are the same run.
 
     ``trace`` and ``calibration`` are files or names of shipped traces. ``context`` is the KV cache to make room for,
-    where it is to be longer than the trace's own.
+    where it is to be longer than the trace's own. Experts that ``host_memory`` does not hold are read from the disk.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +57,7 @@ class Scenario(BaseModel):
     profile: Path | None = None
     cache: str | None = None
     gpu_memory: str | None = None
+    host_memory: str | None = None
     context: PositiveInt | None = None
     batch: PositiveInt = Field(default=1, le=MOST_BATCH)
     batching: Literal["lock-step", "continuous"] = "lock-step"
@@ -109,7 +110,18 @@ class Scenario(BaseModel):
         even = budget_of(
             model, lanes=lanes, context=context, cache=self.cache, gpu_memory=self.gpu_memory, scope=system.scope
         )
-        return self.system.budget(even, layers=model.moe_layers, experts=model.experts, calibration=calibration)
+        found = self.system.budget(even, layers=model.moe_layers, experts=model.experts, calibration=calibration)
+        return found.model_copy(update={"host_slots": self._host_slots(model)})
+
+    def _host_slots(self, model: ModelSpec) -> int | None:
+        """Experts that the host's memory holds; None where it holds them all."""
+        if self.host_memory is None:
+            return None
+        size_bytes = parse_bytes(self.host_memory, "host-memory")
+        if size_bytes < model.expert_bytes:
+            raise InputError(f"host-memory must hold an expert, {model.expert_bytes} bytes, got {self.host_memory}")
+        held = size_bytes // model.expert_bytes
+        return None if held >= model.moe_layers * model.experts else held
 
     def _costs(self, model: ModelSpec) -> tuple[str, Costs]:
         """The machine's name, and what work of ``model`` takes on it."""

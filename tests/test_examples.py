@@ -75,8 +75,8 @@ def test_commands_that_simulate_run(command: str) -> None:
 
 
 def test_there_are_commands_to_run() -> None:
-    assert [sum(one.startswith(word) for one in COMMANDS) for word in ("cache", "simulate")] == [3, 5]
-    assert len(COMMANDS) == 8
+    assert [sum(one.startswith(word) for one in COMMANDS) for word in ("cache", "simulate", "sweep")] == [3, 5, 2]
+    assert len(COMMANDS) == 10
 
 
 def test_a_key_is_the_logarithm_of_weights_that_halve() -> None:

@@ -258,7 +258,7 @@ def test_token_ids_beyond_the_vocabulary_are_wrapped_round(machine: Machine) -> 
 
 
 def test_a_policy_that_knows_the_future_cannot_decode(machine: Machine) -> None:
-    with pytest.raises(InputError, match=r"evict must be causal to decode prompts, got belady \(replay a trace"):
+    with pytest.raises(InputError, match=r"policies must be causal to decode prompts, got belady \(replay a trace"):
         run(machine, evict="belady")
 
 

@@ -182,6 +182,6 @@ def test_the_export_command_says_what_has_no_place(tmp_path: Path) -> None:
 def test_the_export_command_refuses_before_it_reads(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="out must end in one of"):
         run("export", tmp_path / "absent.safetensors", "--out", tmp_path / "t.parquet")
-    with pytest.raises(TraceError, match="trace must be an existing file"):
+    with pytest.raises(InputError, match="trace must be an existing file"):
         run("export", tmp_path / "absent.safetensors", "--out", tmp_path / "t.csv")
     assert not list(tmp_path.iterdir())

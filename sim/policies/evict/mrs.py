@@ -46,7 +46,7 @@ class Mrs(EvictionPolicy):
         self._scores = np.zeros((context.layers, context.experts))
 
     def observe_scores(self, layer: int, scores: Any) -> None:
-        row = BATCHES[self.options["batch"]](scores)
+        row = scores[0] if len(scores) == 1 else BATCHES[self.options["batch"]](scores)
         top = np.argsort(-row, kind="stable")[: self.kept]
         alpha = self.options["alpha"]
         self._scores[layer] *= 1.0 - alpha
