@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
 from analysis.cache_study import Choice
+from sim.constants import constant_of
 from sim.custom import load_policy
 from sim.policies import EVICTION
 from sim.policies.base import Calibration, EvictionPolicy
@@ -26,7 +26,6 @@ from traces.shipped import find_trace
 
 ALL = "all"
 DEFAULT_CAPACITY = "25%"
-TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
 @dataclass(frozen=True)
@@ -227,27 +226,9 @@ def _constants(kinds: dict[str, type[EvictionPolicy]], options: Sequence[str]) -
                 )
             )
         for taker in takers:
-            constants[taker][name] = _as(constants[taker][name], value.strip(), path.strip())
+            constants[taker][name] = constant_of(constants[taker][name], value.strip(), path.strip())
     return constants
 
 
 def _known(constants: dict[str, dict[str, Any]], policies: Iterable[str]) -> set[str]:
     return {name for policy in policies for name in constants[policy]}
-
-
-def _as(default: Any, text: str, field: str) -> Any:
-    """``text`` as the kind of value that ``default`` is."""
-    if isinstance(default, bool):
-        if text.lower() not in TRUTH:
-            raise InputError(f"{field} must be true or false, got {text!r}")
-        return TRUTH[text.lower()]
-    kind = type(default) if isinstance(default, (int, float)) else str
-    try:
-        value = kind(text)
-    except ValueError:
-        raise InputError(f"{field} must be {'a whole number' if kind is int else 'a number'}, got {text!r}") from None
-    if isinstance(value, float) and not isfinite(value):
-        raise InputError(f"{field} must be a finite number, got {text!r}")
-    if isinstance(value, int) and abs(value) >= 1 << 63:  # more than the compiled policies can count
-        raise InputError(f"{field} must be below 2**63, got {text}")
-    return value

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sim.spec.faults import first_fault
+from sim.spec.faults import first_fault, read_toml
 from sim.systems import Budget, SystemSpec
 from traces.errors import InputError, unknown_name
 
@@ -82,12 +82,7 @@ def find_preset(name: str) -> Preset:
     if not name.endswith(".toml"):
         return preset(name)
     path = Path(name)
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"system file must be readable, got {name} ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"system file must be TOML, got {name} ({error})") from error
+    fields = read_toml(path, "system")
     like = fields.pop("like", None)
     if like is not None:
         if like not in _table():

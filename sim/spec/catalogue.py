@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sim.spec.faults import CatalogueError, first_fault
+from sim.spec.faults import CatalogueError, first_fault, read_toml
 from sim.spec.hardware import HardwareSpec
 from sim.spec.model import ModelSpec
 from sim.spec.overrides import PARTS, Spec, marked, overridden, overridden_model, settings_of
@@ -59,7 +59,7 @@ def find_model(name: str) -> ModelSpec:
     """
     if not name.endswith(".toml"):
         return model(name)
-    fields = _read_toml(Path(name), "model")
+    fields = read_toml(Path(name), "model")
     like = fields.pop("like", None)
     if like is not None:
         if like not in model_names():
@@ -111,7 +111,7 @@ def load_hardware_file(path: Path) -> HardwareSpec:
     In place of a table may stand the name of a part of the catalogue (``gpu = "rtx4090"``), or of a file beside this
     one. Raises :class:`CatalogueError` that names the file and what is wrong with it.
     """
-    fields = _read_toml(path, "hardware")
+    fields = read_toml(path, "hardware")
     try:
         return _assembled(fields, path)
     except CatalogueError:
@@ -136,7 +136,7 @@ def _composed(name: str) -> HardwareSpec:
 def _is_disk(part: str) -> bool:
     """Whether a part after gpu, cpu and link is a disk: a host has no bandwidth."""
     if part.endswith(".toml"):
-        return "bytes_per_s" in _read_toml(Path(part), "part")
+        return "bytes_per_s" in read_toml(Path(part), "part")
     return part in _table("hardware.toml")["disk"]
 
 
@@ -155,7 +155,7 @@ def _part(kind: str, name: str, folder: Path) -> Any:
     named = {} if kind == "host" else {"name": Path(name).stem if name.endswith(".toml") else name}
     if name.endswith(".toml"):
         path = folder / name
-        return _validated(PARTS[kind], {**named, **_read_toml(path, kind)}, path)
+        return _validated(PARTS[kind], {**named, **read_toml(path, kind)}, path)
     known = _table("hardware.toml")[kind]
     if name not in known:
         raise unknown_name(kind, name, known)
@@ -177,15 +177,6 @@ def _model_fields(name: str) -> dict[str, Any]:
     own = dict(table[name])
     like = own.pop("like", None)
     return own if like is None else {**table[like], **own}
-
-
-def _read_toml(path: Path, kind: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CatalogueError(f"{kind} file must be readable, got {path} ({error.strerror})") from error
-    except ValueError as error:
-        raise CatalogueError(f"{kind} file must be TOML, got {path} ({error})") from error
 
 
 @cache

@@ -1,6 +1,10 @@
-"""What is wrong with a user's model or machine, in one line."""
+"""Files of a user's own, and what is wrong with them, in one line."""
 
 from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -9,6 +13,16 @@ from traces.errors import InputError
 
 class CatalogueError(InputError):
     """A file cannot be read as a model, a machine or a part; the message names the file, the field and the rule."""
+
+
+def read_toml(path: Path, kind: str) -> dict[str, Any]:
+    """The tables of a user's file that describes a ``kind`` of thing; raises :class:`CatalogueError` that names it."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CatalogueError(f"{kind} file must be readable, got {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise CatalogueError(f"{kind} file must be TOML, got {path} ({error})") from error
 
 
 def first_fault(error: ValidationError) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from sim.spec.faults import read_toml
 from sim.spec.overrides import hardware_settings
 from sim.sweep.fields import check_field
 from traces.errors import InputError, unknown_name
@@ -38,12 +38,7 @@ class Grid:
 
         An axis is a list of values, or a range ``{from, to, steps, scale}`` with the scale linear (the default) or log.
         """
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"grid must be a readable file, got {path} ({error.strerror})") from error
-        except ValueError as error:
-            raise InputError(f"grid must be TOML, got {path} ({error})") from error
+        tables = read_toml(path, "grid")
         try:
             return cls.of(tables, path.parent)
         except InputError as error:

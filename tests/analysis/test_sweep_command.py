@@ -57,7 +57,7 @@ def test_a_grid_is_run_told_and_plotted() -> None:
     ("words", "line"),
     [
         ("sweep grid --out s", "error: grid or command must be a known name, got 'grid' (one of plot, run)"),
-        ("sweep none.toml --out s", "error: grid must be a readable file, got none.toml (No such file or directory)"),
+        ("sweep none.toml --out s", "error: grid file must be readable, got none.toml (No such file or directory)"),
         ("sweep g.toml", "error: out must be given, got nothing"),
         ("sweep g.toml --out afile", "error: out must be a folder that can be written, got afile: it is a file"),
         ("sweep g.toml --out .", "error: out must be a new folder (or give --resume to go on with its sweep), got ."),

@@ -100,10 +100,10 @@ def test_what_is_wrong_with_axes(axes: dict[str, Any], words: str) -> None:
 
 def test_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     path = tmp_path / "g.toml"
-    with pytest.raises(InputError, match=r"grid must be a readable file, got .*g\.toml"):
+    with pytest.raises(InputError, match=r"grid file must be readable, got .*g\.toml"):
         Grid.load(path)
     path.write_text("[base")
-    with pytest.raises(InputError, match=r"grid must be TOML, got .*g\.toml"):
+    with pytest.raises(InputError, match=r"grid file must be TOML, got .*g\.toml"):
         Grid.load(path)
     path.write_text("[bases]\n[axes]\nseed = [1]")
     with pytest.raises(InputError, match=r"g\.toml: table must be a known name, got 'bases' \(did you mean base"):
