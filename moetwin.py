@@ -342,7 +342,7 @@ def _run_twin(device: str, repeats: int) -> _Twin:
     from real.calibrate import calibrate
     from real.cli_run import machine_of
     from real.decode import replay
-    from real.jobs import rough_costs
+    from real.jobs import predicted_costs
     from real.progress import bar, status
     from sim.profile import ProfileCosts
     from sim.run import simulate
@@ -352,7 +352,7 @@ def _run_twin(device: str, repeats: int) -> _Twin:
     system = SystemSpec()
     with machine_of("moetwin-small", device=device) as machine:
         spec = machine.loaded.spec
-        budget, rough = parse_capacity("25%", layers=spec.moe_layers, experts=spec.experts), rough_costs(spec)
+        budget, rough = parse_capacity("25%", layers=spec.moe_layers, experts=spec.experts), predicted_costs(spec)
         trace, samples = _decoded(machine, system, budget, rough)
         workload = one_at_a_time(trace)
         with bar("measuring", repeats * len(workload)) as advance:

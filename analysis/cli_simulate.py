@@ -14,13 +14,14 @@ from rich.progress import Progress
 
 from sim import options
 from sim.presets import Preset
-from sim.results import check_folder
+from sim.results import check_folder, write_folder
 from sim.scenario import MOST_SEED, Prepared, Scenario, alongside
 from sim.spec import catalogue
 from sim.spec.catalogue import REFERENCE_MACHINE
 from traces.errors import InputError, unknown_name
 from traces.limits import MOST_BATCH
 
+SYSTEMS_PLOT = "systems.png"
 BATCHINGS = ("lock-step", "continuous")
 
 Model = Annotated[str | None, typer.Option(help="A model of the catalogue, or a TOML file; else the trace's own.")]
@@ -184,23 +185,28 @@ def _simulate_all(
         for (preset, one), bound in zip(ready, bounds, strict=True):
             run = one.run(events=events, progress=progress)
             entries.append(Entry(preset, run, bound))
-            if out is not None:
-                run.save(out / preset.name, force=force)
     records = side_by_side(entries)
     for name, reason in left_out.items():
         typer.echo(f"left out: {name}: {reason}", err=True)
+    notes = {entry.name: entry.run.info.notes for entry in entries}
+
+    def write(folder: Path) -> None:
+        for entry in entries:
+            entry.run.save(folder / entry.name)
+        systems_plot(records, folder / SYSTEMS_PLOT)
+
+    if out is not None:
+        write_folder(out, write, force=force)
     if as_json:
         for record in records:
-            typer.echo(json.dumps(record))
+            typer.echo(json.dumps({**record, "notes": notes[record["system"]]}))
         return
     console = Console(highlight=False)
     console.print(systems_table(records))
-    for line in verdicts(records):
+    for line in (*verdicts(records), *(f"{name}: {note}" for name, told in notes.items() for note in told)):
         console.print(line, soft_wrap=True, markup=False)
     if out is not None:
-        figure = out / "systems.png"
-        systems_plot(records, figure)
-        console.print(f"results: {out}, and side by side in {figure}", soft_wrap=True)
+        console.print(f"results: {out}, and side by side in {out / SYSTEMS_PLOT}", soft_wrap=True)
 
 
 def _prepared(scenarios: Sequence[Scenario]) -> tuple[list[tuple[Preset, Prepared]], dict[str, str]]:

@@ -46,6 +46,10 @@ Routing = Annotated[str | None, typer.Option(help="Force the routing of this tra
 Repeats = Annotated[
     int, typer.Option(min=1, help="Times that a routing is run; with --out DIR also into DIR-2, DIR-3 and so on.")
 ]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option("--profile", help="Costs of `moetwin calibrate`, for policies that weigh them; else a catalogue's."),
+]
 
 
 def decode(
@@ -67,6 +71,7 @@ def decode(
     scope: options.Scope = None,
     cache: options.Cache = None,
     gpu_memory: options.GpuMemory = None,
+    profile: ProfileFile = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to decode for each prompt.")] = 64,
@@ -99,7 +104,7 @@ def decode(
     texts = _Texts(prompt, prompts, domains)
     recorded = _recorded(routing, texts, trace_out)
     fitted = options.calibration_of(calibration, recorded, batch)
-    limits = Limits(batch, cache, gpu_memory, fitted, together=systems is not None)
+    limits = Limits(batch, cache, gpu_memory, fitted, together=systems is not None, profile=profile)
     if recorded is None:
         _check_decoding(chosen, limits, repeats, random_weights)
     outputs = _Outputs(out, trace_out, repeats, force, () if systems is None else tuple(one.name for one in chosen))

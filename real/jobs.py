@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,8 +14,10 @@ from real.progress import bar, status
 from sim.costs import Costs, RooflineCosts
 from sim.needs import check_needs
 from sim.presets import Preset
+from sim.profile import ProfileCosts
 from sim.results import RunResult
 from sim.spec import ModelSpec, catalogue
+from sim.spec.profile import Profile
 from sim.systems import Budget, SystemSpec
 from sim.target import budget_of, lanes_of, workload_of
 from traces import prompts as prompt_files
@@ -30,7 +33,8 @@ if TYPE_CHECKING:  # torch and transformers are imported when a model is run, no
 
 class Limits:
     """The memory limit as it was asked for, to be worked out once the model and its longest sequence are known; and
-    the trace that policies are fitted to. ``together``: several systems get the same bytes, whatever their scope."""
+    the trace that policies are fitted to. ``together``: several systems get the same bytes, whatever their scope.
+    ``profile`` is what policies that weigh costs are told of this machine."""
 
     def __init__(
         self,
@@ -40,8 +44,9 @@ class Limits:
         calibration: TraceCalibration | None,
         *,
         together: bool = False,
+        profile: Path | None = None,
     ) -> None:
-        self.batch, self.calibration, self._together = batch, calibration, together
+        self.batch, self.calibration, self._together, self.profile = batch, calibration, together, profile
         self._given: dict[str, Any] = {"cache": cache, "gpu_memory": gpu_memory}
 
     def budget(self, preset: Preset, spec: ModelSpec, lanes: int, context: int) -> Budget:
@@ -52,6 +57,14 @@ class Limits:
         if measure != scope:
             even = even.model_copy(update={"slots": even.slots * spec.moe_layers})
         return preset.budget(even, layers=spec.moe_layers, experts=spec.experts, calibration=self.calibration)
+
+    def doubts(self, system: SystemSpec) -> list[str]:
+        """What has to be told of the costs that the system's policies weighed."""
+        weighs = system.place not in ("fetch", "cpu-on-miss", "static") or system.prefetch == "impact"
+        if self.profile is not None or not weighs:
+            return []
+        machine = catalogue.REFERENCE_MACHINE
+        return [f"policies weighed the costs of {machine}, not of this machine (give --profile for its own)"]
 
     def fitted(self, preset: Preset) -> tuple[SystemSpec, list[str]]:
         """The system as it runs with the calibration there is, and what has to be told of that."""
@@ -113,7 +126,7 @@ class TraceJob:
 
         spec, limits = machine.loaded.spec, self._limits
         workload, context = workload_of(self._trace, spec, limits.batch)
-        costs = rough_costs(spec)
+        costs = predicted_costs(spec, limits.profile)
         runs: list[list[RunResult]] = [[] for _ in self._systems]
         with bar("replaying", self._repeats * len(self._systems) * len(workload)) as advance:
             for _ in range(self._repeats):
@@ -123,7 +136,7 @@ class TraceJob:
                     run = replay(
                         machine, workload, system, budget, costs, calibration=limits.calibration, progress=advance
                     )
-                    done.append(_noted(run, notes))
+                    done.append(_noted(run, [*notes, *limits.doubts(system)]))
         return runs, self._trace
 
 
@@ -157,7 +170,7 @@ class PromptJob:
             encoded,
             system,
             limits.budget(self._preset, spec, self._lanes, max(map(len, encoded)) + generation.max_new_tokens),
-            rough_costs(spec),
+            predicted_costs(spec, limits.profile),
             calibration=limits.calibration,
             batch=limits.batch,
             max_new_tokens=generation.max_new_tokens,
@@ -170,7 +183,7 @@ class PromptJob:
         )
         if generation.stream:
             typer.echo()
-        return [[_noted(run, notes)]], trace
+        return [[_noted(run, [*notes, *limits.doubts(system)])]], trace
 
 
 def _noted(run: RunResult, notes: list[str]) -> RunResult:
@@ -178,9 +191,14 @@ def _noted(run: RunResult, notes: list[str]) -> RunResult:
     return run
 
 
-def rough_costs(spec: ModelSpec) -> Costs:
-    """Predicted costs, for placement policies that weigh them."""
-    return RooflineCosts(spec, catalogue.hardware(catalogue.REFERENCE_MACHINE))
+def predicted_costs(spec: ModelSpec, profile: Path | None = None) -> Costs:
+    """Predicted costs, for policies that weigh them: a profile's, or those of the catalogue's reference machine.
+
+    Raises :class:`InputError` for a profile that was measured with another model.
+    """
+    if profile is None:
+        return RooflineCosts(spec, catalogue.hardware(catalogue.REFERENCE_MACHINE))
+    return ProfileCosts(Profile.load(profile), spec)
 
 
 def announce(machine: Machine, encoded: Sequence[Sequence[int]]) -> Callable[[int], None]:

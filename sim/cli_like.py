@@ -82,6 +82,8 @@ def like(
             lookahead_recall=law.lookahead_recall if recalls is None else recalls,
         )
         made = generate(chosen, seed, shape, dtype=_dtype(source, spec))
+        if spec is not None:
+            made = replace(made, header=made.header.model_copy(update={"model": spec.name}))
         status.update("comparing")
         portraits = (*likeness(law, np.random.default_rng(0), source), portrait(made))
     store.save(made, out, force=force)

@@ -100,6 +100,8 @@ class OffloadController:
         """Layers that run on the CPU as a whole, dense part included; known after :meth:`preload`."""
         self._draft = Draft(self.cache, self._evict, shape.expert_bytes, write_back=system.write_back, memory=memory)
         self._layer_s = lru_cache(maxsize=8192)(self._scheduled_s)
+        self.preloaded = self.prefetched = 0
+        """Blocks that were loaded before the first step, and copied before they were asked for."""
         self.fallbacks = 0
         """Layers in which one device alone was quicker than the placement's own schedule."""
         self._event = -1
@@ -112,6 +114,7 @@ class OffloadController:
         if self.system.dense_follows:
             on_gpu = {block // self.shape.experts for block in blocks}
             self.layers_on_cpu = frozenset(range(self.shape.layers)) - on_gpu
+        self.preloaded = len(blocks)
         return self._draft.preload(blocks)
 
     def _first_blocks(self) -> list[int]:
@@ -187,6 +190,7 @@ class OffloadController:
             victim = self._victim(layer)
             if victim is None:
                 continue
+            self.prefetched += 1
             return self._draft.prefetch(layer, block, victim)
         return ()
 

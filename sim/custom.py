@@ -15,8 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sim.policies.base import Policy
-from sim.policies.prefetch.checks import check_depth
+from sim.policies.base import Policy, check_depth
 from sim.watched import BASES, FIELD, told, watched
 from traces.errors import InputError, unknown_name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,7 +139,11 @@ def chosen_systems(
 def systems_of(names: str) -> list[Preset]:
     """The systems that are listed with commas, each once, in this order; ``all`` are the published ones."""
     wanted = preset_names() if names.strip() == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    return [find_preset(name) for name in dict.fromkeys(wanted)]
+    found = [find_preset(name) for name in dict.fromkeys(wanted)]
+    for name, count in Counter(preset.name for preset in found).items():
+        if count > 1:
+            raise InputError(f"systems must have different names, got {name} {count} times")
+    return found
 
 
 def _checked(fields: dict[str, Any]) -> SystemSpec:
@@ -187,6 +192,8 @@ def read_trace(name: str, field: str) -> Trace:
     return trace
 
 
+OF_REQUESTS = frozenset({"throughput, idle time included", "time per output token of a request"})
+"""Lines that say something of requests that wait for each other."""
 COUNTS = frozenset({"decode_tokens", "late_hits", "misses", "cpu_experts"})
 """Headline figures that are whole numbers."""
 
@@ -199,8 +206,12 @@ def show_run(run: RunResult, *, as_json: bool, **extra: str) -> None:
         return
     system = SystemSpec(**run.info.system)
     table = Table(title=f"{run.info.model}, {system.label()}, {run.info.source}", box=None, show_header=False)
+    one_at_a_time = run.info.workload.get("order") == "one-at-a-time"
     for label, value in _lines(figures):
-        table.add_row(label, value)
+        if not (one_at_a_time and label in OF_REQUESTS):
+            table.add_row(label, value)
+    if run.info.prefetched_bytes:
+        table.add_row("prefetched, in all", f"{run.info.prefetched_bytes / 1e6:,.1f} MB")
     slots = f"{run.info.capacity_slots} slots of experts, {run.info.capacity_bytes / 1e6:,.1f} MB"
     table.add_row("cache", f"{slots}, and {run.info.staging_slots} staging slots")
     table.add_row("costs" if run.info.source == "simulated" else "machine", run.info.costs or run.info.hardware)
@@ -232,9 +243,17 @@ def show_runs(runs: Sequence[tuple[str, RunResult]], left_out: Mapping[str, str]
         shown = dict(_lines(_figures(run)))
         token_p50, _, token_p99 = shown["time per output token, p50 / p99"].removesuffix(" ms").partition(" / ")
         hits, stalled = shown["hit ratio, by distinct expert"], shown["share of time stalled"]
-        bytes_mb = shown["bytes fetched a token"].removesuffix(" MB")
+        bytes_mb = shown["bytes fetched on demand, a token"].removesuffix(" MB")
         table.add_row(name, shown["tokens a second"], token_p50, token_p99, hits, bytes_mb, stalled)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    held = {name: f"{run.info.capacity_slots} slots, {run.info.capacity_bytes / 1e6:,.1f} MB" for name, run in runs}
+    equal = len(set(held.values())) == 1
+    told = [next(iter(held.values()))] if equal else [f"{name} {slots}" for name, slots in held.items()]
+    console.print(f"experts held{' by each' if equal else ''}: {'; '.join(told)}", soft_wrap=True)
+    for name, run in runs:
+        for note in run.info.notes:
+            console.print(f"{name}: {note}", soft_wrap=True, markup=False)
 
 
 def _lines(figures: dict[str, float | None]) -> list[tuple[str, str]]:
@@ -243,14 +262,17 @@ def _lines(figures: dict[str, float | None]) -> list[tuple[str, str]]:
         return "none decoded" if value is None else pattern.format(value * scale)
 
     token_p50, token_p99 = (shown(f"time_per_output_token_{part}_s", "{:.2f}", 1e3) for part in ("p50", "p99"))
+    of_request = (shown(f"time_per_output_token_by_request_{part}_s", "{:.2f}", 1e3) for part in ("p50", "p99"))
     return [
         ("decode tokens", shown("decode_tokens", "{:,.0f}")),
+        ("throughput, idle time included", shown("throughput_tokens_per_s", "{:,.1f} tokens/s")),
+        ("time per output token of a request", f"{' / '.join(of_request)} ms"),
         ("tokens a second", shown("tokens_per_s", "{:,.1f}")),
         ("time per output token, p50 / p99", f"{token_p50} / {token_p99} ms"),
         ("time to first token, p50", shown("time_to_first_token_p50_s", "{:.2f} ms", 1e3)),
         ("hit ratio, by distinct expert", shown("hit_ratio_union", "{:.4f}")),
         ("late hits", shown("late_hits", "{:,.0f}")),
         ("misses", shown("misses", "{:,.0f}") + shown("cpu_experts", ", of which {:,.0f} on the CPU")),
-        ("bytes fetched a token", shown("demand_bytes_per_token", "{:,.2f} MB", 1e-6)),
+        ("bytes fetched on demand, a token", shown("demand_bytes_per_token", "{:,.2f} MB", 1e-6)),
         ("share of time stalled", shown("stall_share", "{:.1%}")),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from functools import cache
 from importlib.resources import files
@@ -13,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sim.spec.faults import first_fault, read_toml
 from sim.systems import Budget, SystemSpec
 from traces.errors import InputError, unknown_name
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*(?:[ .][A-Za-z0-9_+-]+)*")
+"""What a system may be called: its results are a folder of that name."""
 
 
 class Preset(BaseModel):
@@ -101,10 +105,14 @@ def _built(name: str, fields: dict[str, Any], origin: str) -> Preset:
     for field in of_system:
         if field not in SystemSpec.model_fields:
             raise InputError(f"{origin}: {unknown_name('field', field, {*of_preset, *SystemSpec.model_fields})}")
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{origin}: name must be letters, digits, dots, blanks and dashes, got {name!r}")
     try:
-        return Preset(system=SystemSpec(name=name, **of_system), **own)
+        found = Preset(system=SystemSpec(name=name, **of_system), **own)
+        found.fitted(calibrated=False)
     except ValidationError as error:
         raise InputError(f"{origin}: {first_fault(error)}") from error
+    return found
 
 
 @cache

@@ -76,6 +76,7 @@ class RunInfo(BaseModel):
     workload: dict[str, Any]
     costs: str = ""
     memory: dict[str, int] = {}
+    prefetched_bytes: int = 0
     synthetic: bool = False
     software: dict[str, str] = {}
     notes: list[str] = []

@@ -169,6 +169,7 @@ def run_info(
             "staging_slots": budget.staging,
             "trace_digest": workload.trace.digest,
             "workload": workload.describe(),
+            "prefetched_bytes": controller.prefetched * controller.shape.expert_bytes,
             "synthetic": header.synthetic,
             "software": {name: version(name) for name in packages},
             "notes": _notes(controller, workload.trace),
@@ -182,6 +183,8 @@ def _notes(controller: OffloadController, trace: Trace) -> list[str]:
     if controller.fallbacks:
         layers = f"{controller.fallbacks:,} layers"
         notes.append(f"{system.place}: one device alone was quicker in {layers}, and was used")
+    if system.place == "static" and not controller.preloaded and system.prefetch == "none":
+        notes.append("static: nothing is loaded beforehand and nothing is ever copied, so that the CPU computes it all")
     if "scores" in system.needs and trace.scores is None:
         notes.append(f"{system.needing('scores')} was given the gates of the chosen experts: the trace has no scores")
     return notes

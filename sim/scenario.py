@@ -24,7 +24,7 @@ from sim.spec.overrides import Value
 from sim.spec.profile import Profile
 from sim.systems import Budget, SystemSpec
 from sim.target import budget_of, model_for, parse_bytes, plan_of
-from traces.batching import BatchSpec, Requests
+from traces.batching import BatchSpec, Requests, known_order
 from traces.errors import InputError
 from traces.limits import MOST_BATCH
 from traces.schema import Trace
@@ -81,6 +81,8 @@ class Scenario(BaseModel):
         budget = self._budget(model, system, lanes, context, calibration)
         hardware, costs = self._costs(model)
         check_needs(plan.trace, system, calibration)
+        if "future" in system.needs:
+            known_order(plan, system.needing("future"))
         memory = MemoryPlan.of(model, budget, scope=system.scope, lanes=lanes, context=context)
         return Prepared(plan, model, system, budget, hardware, costs, calibration, memory, changed + notes, self.seed)
 

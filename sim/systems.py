@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal, TypeAlias, cast
@@ -21,7 +21,7 @@ from sim.policies import (
     PolicyContext,
     PrefetchPolicy,
 )
-from sim.policies.base import Policy
+from sim.policies.base import Policy, check_constants
 from traces.errors import InputError, unknown_name
 
 STAGING_SLOTS = 2
@@ -87,11 +87,15 @@ class SystemSpec(BaseModel):
             for constant in constants:
                 if constant not in defaults:
                     raise no_constant(kind, getattr(self, kind), constant, defaults)
+            _accepted(f"options.{kind}", check_constants, constants, defaults)
+        _accepted("options.prefetch", self.policy("prefetch").depth, self.options_of("prefetch"))
         loads = self.policy("evict").preload is not EvictionPolicy.preload
         if loads and (self.starts_with or self.slots_by_layer != "even"):
             raise InputError(
                 f"starts_with and slots_by_layer must be left out for {self.evict}, which has a set of its own"
             )
+        if self.slots_by_layer != "even" and self.scope != "layer":
+            raise InputError(f"scope must be layer with slots_by_layer {self.slots_by_layer}, got {self.scope}")
         if self.holds != "cache" and self.scope != "global":
             raise InputError(f"scope must be global where a system holds {self.holds}, got {self.scope}")
         return self
@@ -156,6 +160,14 @@ class SystemSpec(BaseModel):
         ahead = [] if self.synchronous or self.prefetch == "none" else [self.prefetch]
         parts = [self.evict, self.place, *ahead]
         return " + ".join(part.rpartition(":")[2] for part in parts)
+
+
+def _accepted(field: str, check: Callable[..., Any], *constants: Any) -> None:
+    """Raises :class:`InputError`, which names ``field``, for constants that ``check`` refuses."""
+    try:
+        check(*constants)
+    except ValueError as error:
+        raise InputError(f"{field}: {error}") from error
 
 
 def _policy(kind: str, name: str) -> type[Any]:

@@ -26,8 +26,8 @@ from sim.policies.base import (
     PolicyContext,
     PrefetchPolicy,
     PrefetchView,
+    check_depth,
 )
-from sim.policies.prefetch.checks import check_depth
 from traces.errors import InputError
 
 FIELD = "policy_file"

@@ -11,7 +11,7 @@ from benchmarks import residency
 
 @pytest.mark.slow
 def test_ktransformers_gains_more_from_every_further_expert_on_the_gpu() -> None:
-    curves = residency.simulated(1)
+    curves = residency.simulated(1, residency.PROGRAMS["compiled"])
     for curve in curves.values():
         slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in pairwise(sorted(curve.items()))]
         assert slopes == sorted(slopes)

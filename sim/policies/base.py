@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+MOST_AHEAD = 3
+"""Layers ahead for which traces hold what the routers would choose."""
 NEVER = 2**62
 """Event index of a use that does not come."""
 
@@ -78,6 +80,12 @@ def check_whole(constants: Mapping[str, Any], **most: int) -> None:
     for name, limit in most.items():
         if not 1 <= constants[name] <= limit:
             raise ValueError(f"{name} must be from 1 to {limit}, got {constants[name]}")
+
+
+def check_depth(depth: Any) -> None:
+    """Raises ValueError for a depth of look-ahead that no trace has."""
+    if depth not in range(1, MOST_AHEAD + 1):
+        raise ValueError(f"depth must be from 1 to {MOST_AHEAD}, got {depth}")
 
 
 class Policy:
@@ -239,8 +247,12 @@ class PrefetchPolicy(Policy, ABC):
 
     @classmethod
     def depth(cls, options: Mapping[str, Any]) -> int:
-        """Layers ahead for which ``expected`` is wanted."""
-        return int({**cls.defaults, **options}["depth"]) if "lookahead" in cls.needs else 0
+        """Layers ahead for which ``expected`` is wanted; raises ValueError for more than traces hold."""
+        if "lookahead" not in cls.needs:
+            return 0
+        depth: int = {**cls.defaults, **options}["depth"]
+        check_depth(depth)
+        return depth
 
     @abstractmethod
     def candidates(self, view: PrefetchView) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from functools import cache
 from importlib.resources import files
@@ -37,6 +38,8 @@ __all__ = [
 DEFAULT_HOST = "python"
 REFERENCE_MACHINE = "rtx4090-epyc9374f"
 """The machine that is meant where a user names none."""
+_NOT_MODELLED = re.compile(r"^\d+x[a-z]|(?<=\d)x\d+\b|gh200|gb10|gb200|grace|dgx|hgx|apple", re.IGNORECASE)
+"""Names of several GPUs, as 4xh100 and h100x8, and of machines in which GPU and CPU share one memory."""
 PART_KINDS = tuple(PARTS)
 """The parts of a machine, in the order in which a composed name gives them."""
 
@@ -87,6 +90,11 @@ def find_hardware(name: str) -> HardwareSpec:
 
     Raises :class:`InputError` as :func:`hardware` and :func:`load_hardware_file` do.
     """
+    if _NOT_MODELLED.search(name) and not name.endswith(".toml"):
+        raise InputError(
+            "hardware must have one GPU with memory of its own: several GPUs and unified memory are not modelled "
+            f"(docs/limitations.md), got {name!r}"
+        )
     whole = name.endswith(".toml") and ("+" not in name or Path(name).exists())
     return load_hardware_file(Path(name)) if whole else hardware(name)
 

@@ -4,15 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-MOST_AHEAD = 3
-"""Layers ahead for which traces hold what the routers would choose."""
-
-
-def check_depth(depth: Any) -> None:
-    """Raises ValueError for a depth that no trace has."""
-    if depth not in range(1, MOST_AHEAD + 1):
-        raise ValueError(f"depth must be from 1 to {MOST_AHEAD}, got {depth}")
-
 
 def check_count(name: str, value: Any, *, least: int) -> None:
     """Raises ValueError unless ``value`` is a whole number of at least ``least``."""

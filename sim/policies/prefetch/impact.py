@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
 
-from sim.policies.base import PolicyContext, PrefetchPolicy, PrefetchView
-from sim.policies.prefetch.checks import check_count, check_depth
+from sim.policies.base import PolicyContext, PrefetchPolicy, PrefetchView, check_depth
+from sim.policies.prefetch.checks import check_count
 
 CASES = 8192
 """Decisions that are remembered; the least recently used is forgotten first."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from sim.policies.base import PolicyContext, PrefetchPolicy, PrefetchView
-from sim.policies.prefetch.checks import check_count, check_depth
+from sim.policies.base import PolicyContext, PrefetchPolicy, PrefetchView, check_depth
+from sim.policies.prefetch.checks import check_count
 
 
 class NextRouter(PrefetchPolicy):
