@@ -203,7 +203,7 @@ def _simulate_all(
         return
     console = Console(highlight=False)
     console.print(systems_table(records))
-    for line in (*verdicts(records), *(f"{name}: {note}" for name, told in notes.items() for note in told)):
+    for line in (*verdicts(records), *options.notes_of([(entry.name, entry.run) for entry in entries])):
         console.print(line, soft_wrap=True, markup=False)
     if out is not None:
         console.print(f"results: {out}, and side by side in {out / SYSTEMS_PLOT}", soft_wrap=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from analysis import text
 from analysis.style import COMPONENT_COLOURS, INK, MEASURED, MUTED, PAPER, TEXT_PT, clean
@@ -25,6 +27,18 @@ BAR_COLOURS: dict[str, str] = {
     "other": COMPONENT_COLOURS["other_s"],
 }
 BOUND_LINE = "lower bound of its budget"
+MARKER_PT = 6.0
+SAME_PT = 1.0
+"""Points whose centres are less than this apart, about a line's width, are one to the eye."""
+
+SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
+"""Where the label of a point may stand, the best first: right, left, above, below, and the corners."""
+
+GAPS_PT = (2.5, 12.0, 22.0, 34.0, 48.0)
+"""Between a point and its label; from the second on, a line joins them."""
+
+Point: TypeAlias = tuple[float, float]
+"""MiB a token, and tokens a second."""
 
 
 def plot(records: Sequence[dict[str, Any]]) -> Figure:
@@ -41,7 +55,7 @@ def plot(records: Sequence[dict[str, Any]]) -> Figure:
     for ax in (bars, points):
         clean(ax)
     _bars(bars, shown)
-    _points(points, shown)
+    _name_points(points, _points(points, shown))
     return figure
 
 
@@ -87,49 +101,99 @@ def _marks(ax: Axes, records: Sequence[dict[str, Any]], totals: np.ndarray) -> N
         ax.vlines(bounds_ms, rows - 0.5, rows + 0.5, color="black", linewidth=1.4, label=BOUND_LINE)
 
 
-def _points(ax: Axes, records: Sequence[dict[str, Any]]) -> None:
-    """Bytes against tokens a second, numbered as the bars are."""
-    drawn: list[tuple[int, float, float]] = []
+def _points(ax: Axes, records: Sequence[dict[str, Any]]) -> dict[int, Point]:
+    """Bytes against tokens a second; returns the points by the number of their bar."""
+    drawn: dict[int, Point] = {}
     for row, record in enumerate(records):
         size = copied(record)
         if size is not None:
             at, speed = size / 2**20, 1.0 / record["token_s"]
             face = MEASURED if record["role"] == "system" else PAPER
-            ax.plot([at], [speed], "o", markersize=6, color=MEASURED, markerfacecolor=face)
-            drawn.append((row + 1, at, speed))
-    most = max((at for _, at, _ in drawn), default=0.0) or 1.0
+            ax.plot([at], [speed], "o", markersize=MARKER_PT, color=MEASURED, markerfacecolor=face)
+            drawn[row + 1] = (at, speed)
+    most = max((at for at, _ in drawn.values()), default=0.0) or 1.0
     ax.set_xlim(-0.03 * most, most * 1.12)
-    ax.set_ylim(0, max((speed for *_, speed in drawn), default=1.0) * 1.08)
-    _name_points(ax, drawn)
+    ax.set_ylim(0, max((speed for _, speed in drawn.values()), default=1.0) * 1.08)
     ax.set_xlabel("copied a decode token, prefetches included (MiB)", color=INK, fontsize=TEXT_PT)
     ax.set_ylabel("decode tokens a second", color=INK, fontsize=TEXT_PT)
     hollow = any(record["role"] != "system" for record in records)
     title = "numbers as on the left" + ("; hollow: outside the comparison" if hollow else "")
     ax.set_title(title, loc="left", fontsize=SMALL, color=MUTED)
+    return drawn
 
 
-def _name_points(ax: Axes, drawn: Sequence[tuple[int, float, float]]) -> None:
-    """The numbers of the bars beside the points; points that fall together share a label."""
-    width, height = ax.get_xlim()[1], ax.get_ylim()[1]
-    clusters: list[list[tuple[int, float, float]]] = []
-    for point in drawn:
-        for cluster in clusters:
-            _, at, speed = cluster[0]
-            if abs(at - point[1]) < 0.16 * width and abs(speed - point[2]) < 0.025 * height:
-                cluster.append(point)
+def _name_points(ax: Axes, drawn: Mapping[int, Point]) -> None:
+    """The numbers of the bars beside the points, clear of each other and nearer to their own point than to others.
+
+    Points that coincide share a label. The most crowded are served first, and a label goes to the first of
+    :data:`GAPS_PT` and :data:`SIDES` that is free.
+    """
+    figure: Any = ax.figure
+    figure.draw_without_rendering()  # from here on the layout is final, and places are known in points
+    scale = 72.0 / figure.dpi
+    groups = _coinciding({row: ax.transData.transform(point) * scale for row, point in drawn.items()})
+    centres = [place for _, place in groups]
+    crowd = [sum(abs(place - other).max() < GAPS_PT[-1] for other in centres) for place in centres]
+    room = Bbox(ax.get_window_extent().get_points() * scale)
+    taken: list[Bbox] = []
+    for index in sorted(range(len(groups)), key=lambda index: -crowd[index]):
+        rows, centre = groups[index]
+        words = ax.annotate(_ranges(rows), (0, 0), ha="center", va="center", fontsize=SMALL, color=INK)
+        size = words.get_window_extent().size * scale
+        words.remove()
+        others = [_around(place, MARKER_PT + 2 * GAPS_PT[0]) for place in centres if place is not centre]
+        gap_pt, offset = _free(centre, size, [*others, *taken], room)
+        taken.append(_around(centre + offset, size + 2.0))
+        _write(ax, _ranges(rows), drawn[rows[0]], offset, joined=gap_pt > GAPS_PT[0])
+
+
+def _coinciding(placed: Mapping[int, Any]) -> list[tuple[list[int], Any]]:
+    """Groups of numbers whose places, in points, are the same to the eye, each with the place of its first."""
+    groups: list[tuple[list[int], Any]] = []
+    for row, place in placed.items():
+        for rows, centre in groups:
+            if np.hypot(*(place - centre)) < SAME_PT:
+                rows.append(row)
                 break
         else:
-            clusters.append([point])
-    for cluster in clusters:
-        ax.annotate(
-            _ranges([row for row, *_ in cluster]),
-            (max(at for _, at, _ in cluster), cluster[0][2]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=SMALL,
-            color=INK,
-        )
+            groups.append(([row], place))
+    return groups
+
+
+def _free(centre: Any, size: Any, taken: Sequence[Bbox], room: Bbox) -> tuple[float, Any]:
+    """The gap, and the offset of a label of this size from its point, that hits least of what is taken; in points."""
+    found = []
+    for gap_pt, side in product(GAPS_PT, SIDES):
+        offset = np.array(side) * (size / 2 + (MARKER_PT / 2 + gap_pt) / np.hypot(*side))
+        box = _around(centre + offset, size)
+        inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+        hits = box.count_overlaps(taken) + (0 if inside else 100)
+        found.append((hits, gap_pt, offset))
+        if not hits:
+            break
+    _, gap_pt, offset = min(found, key=lambda one: one[0])
+    return gap_pt, offset
+
+
+def _around(centre: Any, size: Any) -> Bbox:
+    half = np.broadcast_to(size, 2) / 2
+    return Bbox([centre - half, centre + half])
+
+
+def _write(ax: Axes, words: str, point: Point, offset: Any, *, joined: bool) -> None:
+    line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": MARKER_PT / 2}
+    label = ax.annotate(
+        words,
+        point,
+        xytext=tuple(offset),
+        textcoords="offset points",
+        ha="center",
+        va="center",
+        fontsize=SMALL,
+        color=INK,
+        arrowprops=line if joined else None,
+    )
+    label.set_in_layout(False)  # it would move the point that it was placed beside
 
 
 def _ranges(numbers: Sequence[int]) -> str:

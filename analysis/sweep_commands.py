@@ -95,6 +95,9 @@ def plot(folder: Path, view: View, *, out: Path | None, as_json: bool, force: bo
     figure, words, records = _PICTURES[picture.kind](picture, out is not None)
     if out is not None:
         write_figure(figure, out)
+    for name in dict.fromkeys((picture.value, picture.x.name)):
+        if unknown := picture.table.unknown(name):
+            typer.echo(f"note: {unknown}", err=True)
     if as_json:
         for record in records:
             typer.echo(json.dumps(record))

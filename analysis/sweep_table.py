@@ -19,6 +19,9 @@ KINDS = ("lines", "heatmap", "crossovers", "pareto")
 WORDS = frozenset({"status", "reason", "notes", "key", "synthetic", "seconds"})
 """Columns that are neither axes nor figures."""
 
+WHY_UNKNOWN = {"link_busy_share": ": where a system prefetches, a sweep does not note how long those copies took"}
+"""What follows on a figure that is not known of a point, beginning with its colon."""
+
 SPREAD = 8
 """An axis is logarithmic where its largest value is this many times the smallest."""
 
@@ -109,6 +112,8 @@ def figure_label(name: str) -> tuple[str, float]:
         return f"{name.replace('_', ' ')} (%)", 100.0
     if name.endswith("bytes_per_token"):
         return "demand fetches (MB a token)", 1e-6
+    if name == "copied_bytes_per_processed_token":
+        return "copies with prefetches (MB a token)", 1e-6
     if name == "tokens_per_s":
         return "decode rate (tokens/s)", 1.0
     if name.endswith("_bytes"):
@@ -196,8 +201,14 @@ class SweepTable:
         if name not in figures:
             raise unknown_name(field, name, figures)
         if not self.frame[name].notna().any():
-            raise InputError(f"{field} must be known of at least one point, got {name}")
+            raise InputError(f"{field} must be known of at least one point, got {name}{WHY_UNKNOWN.get(name, '')}")
         return name
+
+    def unknown(self, name: str) -> str:
+        """How many of the points that ran have no value of a figure, and why; empty where all have one."""
+        count = int(self.frame[name].isna().sum())
+        told = f"{name} is not known of {count:,} of {len(self.frame):,} points"
+        return f"{told}{WHY_UNKNOWN.get(name, '')}" if count else ""
 
     def free(self) -> list[Axis]:
         """The axes that have more than one value."""

@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -61,14 +62,28 @@ def main(
         for program, change in PROGRAMS.items()
         for name, curve in simulated(sequences, change).items()
     }
+    figures = {"model": MODEL, "machine": MACHINE, "tokens_per_s": found}
     if out is not None:
-        out.write_text(json.dumps({"model": MODEL, "machine": MACHINE, "tokens_per_s": found}, indent=1) + "\n")
-    table = Table("experts on the GPU", *found, *(f"{name}, published" for name in PUBLISHED), box=None, pad_edge=False)
+        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print(shown(json.loads(json.dumps(figures))))
+
+
+def shown(figures: Mapping[str, Any]) -> str:
+    """The table of the figures that ``--out`` keeps."""
+    curves = {**figures["tokens_per_s"], **{f"{name}, published": _named(curve) for name, curve in PUBLISHED.items()}}
+    table = Table("on the GPU", box=None, pad_edge=False)
+    for name in curves:
+        table.add_column(name.replace(", ", ",\n"), justify="right")
     for share in SHARES:
-        ours = [f"{curve[share]:.1f}" for curve in found.values()]
-        theirs = [str(curve.get(share, "-")) for curve in PUBLISHED.values()]
-        table.add_row(f"{share} %", *ours, *theirs)
-    Console(highlight=False, width=100).print(table)
+        cells = [curve.get(str(share)) for curve in curves.values()]
+        table.add_row(f"{share} %", *("-" if cell is None else f"{cell:.0f}" for cell in cells))
+    console = Console(width=100, file=StringIO(), record=True)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines())
+
+
+def _named(curve: Mapping[int, int]) -> dict[str, float]:
+    return {str(share): float(speed) for share, speed in curve.items()}
 
 
 def simulated(sequences: int, change: Mapping[str, float | str]) -> dict[str, dict[int, float]]:

@@ -251,9 +251,17 @@ def show_runs(runs: Sequence[tuple[str, RunResult]], left_out: Mapping[str, str]
     equal = len(set(held.values())) == 1
     told = [next(iter(held.values()))] if equal else [f"{name} {slots}" for name, slots in held.items()]
     console.print(f"experts held{' by each' if equal else ''}: {'; '.join(told)}", soft_wrap=True)
+    for line in notes_of(runs):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def notes_of(runs: Sequence[tuple[str, RunResult]]) -> list[str]:
+    """The notes of several systems' runs, each once, behind the names of those that it is about."""
+    about: dict[str, list[str]] = {}
     for name, run in runs:
         for note in run.info.notes:
-            console.print(f"{name}: {note}", soft_wrap=True, markup=False)
+            about.setdefault(note, []).append(name)
+    return [f"{', '.join(names)}: {note}" for note, names in about.items()]
 
 
 def _lines(figures: dict[str, float | None]) -> list[tuple[str, str]]:

@@ -45,7 +45,7 @@ class Preset(BaseModel):
         if calibrated or not self.uncalibrated:
             return self.system, []
         told = ", ".join(f"{field} {value}" for field, value in self.uncalibrated.items())
-        note = f"{self.name} was given no calibration trace: {told} stands in"
+        note = f"no calibration trace was given: {told} stands in"
         return SystemSpec(**{**self.system.model_dump(), **self.uncalibrated}), [note]
 
     def budget(self, even: Budget, *, layers: int, experts: int, calibration: Any = None) -> Budget:

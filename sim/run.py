@@ -182,7 +182,7 @@ def _notes(controller: OffloadController, trace: Trace) -> list[str]:
     system, notes = controller.system, []
     if controller.fallbacks:
         layers = f"{controller.fallbacks:,} layers"
-        notes.append(f"{system.place}: one device alone was quicker in {layers}, and was used")
+        notes.append(f"one device alone was quicker than the schedule of {system.place} in {layers}, and was used")
     if system.place == "static" and not controller.preloaded and system.prefetch == "none":
         notes.append("static: nothing is loaded beforehand and nothing is ever copied, so that the CPU computes it all")
     if "scores" in system.needs and trace.scores is None:

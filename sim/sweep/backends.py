@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any, TypeAlias
 
 from sim.sweep.point import Outcome, Task, run_point
@@ -18,6 +18,9 @@ Backend: TypeAlias = Callable[[Sequence[Task]], Iterator[Outcome]]
 BACKENDS = ("processes", "dask")
 PATIENCE_S = 5
 """How long a scheduler may take to answer."""
+
+REFUSALS = (OSError, ValueError, TypeError, ImportError)
+"""What an address may raise: nobody there, no address, one that needs keys, or a transport that is not installed."""
 
 LOST = "were lost; those that ended are kept, and --resume goes on from there"
 
@@ -86,10 +89,16 @@ def _client(jobs: int, scheduler: str | None) -> Any:
                 silence_logs=logging.CRITICAL,
                 set_as_default=False,
             )
+    client = connected.__new__(connected)
     try:
-        return connected(scheduler, timeout=PATIENCE_S, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"scheduler must be one that answers within {PATIENCE_S} s, got {scheduler}") from error
+        client.__init__(scheduler, timeout=PATIENCE_S, set_as_default=False)
+    except BaseException as error:
+        with suppress(Exception):  # while its thread lives: __del__ would wait for that at the end of the process
+            client.close()
+        if isinstance(error, REFUSALS):
+            raise InputError(f"scheduler must be one that answers within {PATIENCE_S} s, got {scheduler}") from error
+        raise
+    return client
 
 
 @contextmanager

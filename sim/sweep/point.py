@@ -72,17 +72,26 @@ def prepared_of(scenario: Scenario) -> Prepared:
 
 
 def figures_of(run: RunResult, prepared: Prepared) -> dict[str, float | None]:
-    """The headline figures of a run, what its GPU memory is, and the shares of its time that resources are busy."""
+    """The headline figures of a run, what it copied, its GPU memory, and the shares of its time resources are busy.
+
+    The link's share is None where a system prefetches: without events, nobody noted how long those copies took.
+    """
     layers, tokens = run.layers, run.tokens
     steps = tokens[~tokens.step.duplicated()]
     span_s = float(steps.end_s.max() - steps.start_s.min())
+    ahead = run.info.system["prefetch"] != "none" and not run.info.system["synchronous"]
     busy_s = {
         "gpu": float(layers.dense_s.sum() + layers.gpu_experts_s.sum() + steps.head_s.sum()),
         "cpu": float(layers.cpu_experts_s.sum()),
-        "link": float(layers.transfer_s.sum()),
+        "link": None if ahead else float(layers.transfer_s.sum()),
     }
-    shares = {f"{name}_busy_share": busy_s[name] / span_s if span_s > 0 else None for name in busy_s}
-    sizes = {"capacity_bytes": float(run.info.capacity_bytes), "gpu_bytes": float(prepared.memory.total_bytes)}
+    shares = {f"{name}_busy_share": None if s is None or span_s <= 0 else s / span_s for name, s in busy_s.items()}
+    copied_bytes = float(layers.bytes.sum() + run.info.prefetched_bytes)
+    sizes = {
+        "copied_bytes_per_processed_token": copied_bytes / float(tokens.tokens.sum()) if len(tokens) else None,
+        "capacity_bytes": float(run.info.capacity_bytes),
+        "gpu_bytes": float(prepared.memory.total_bytes),
+    }
     return {**run.headline(), **shares, **sizes}
 
 

@@ -64,6 +64,7 @@ def test_an_axis_that_spreads_is_logarithmic() -> None:
         ("stall_share", "stall share (%)", 100.0, True),
         ("hit_ratio_union", "hit ratio union (%)", 100.0, False),
         ("demand_bytes_per_token", "demand fetches (MB a token)", 1e-6, True),
+        ("copied_bytes_per_processed_token", "copies with prefetches (MB a token)", 1e-6, True),
         ("gpu_bytes", "GPU memory (GB)", 1e-9, True),
         ("misses", "misses", 1.0, True),
         ("requests_per_s", "requests (a second)", 1.0, False),
@@ -258,6 +259,41 @@ def test_words_of_heat_maps_and_fronts(tmp_path: Path, capsys: pytest.CaptureFix
         "  cpu, 4 GB/s: 1.00 GB, 10.0 tokens/s",
         "  link, 32 GB/s: 1.20 GB, 16.0 tokens/s",
     ]
+
+
+def without_links(folder: Path, known: int) -> Path:
+    """Two systems over four links; the share of the link is known of so many points, from the first on."""
+    rows = [
+        {"tokens_per_s": 10.0, "gpu_bytes": 1e9, "link_busy_share": 0.1 * (place + 1) if place < known else None}
+        for place in range(8)
+    ]
+    return stored(folder, {"system": ["lru", "ahead"], LINK: LINKS}, rows)
+
+
+@pytest.mark.parametrize("asked", [{}, {"kind": "crossovers"}, {"kind": "pareto"}, {"kind": "heatmap", "y": "system"}])
+def test_a_share_that_is_not_known_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: dict[str, Any]
+) -> None:
+    folder, out = without_links(tmp_path / "s", known=4), tmp_path / "plot.png"
+    plot(folder, View(value="link_busy_share", **asked), out=out, as_json=False, force=False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "note: link_busy_share is not known of 4 of 8 points: where a system prefetches, a sweep does not note how "
+        "long those copies took"
+    )
+    plot(folder, View(value="link_busy_share", **asked), out=None, as_json=True, force=False)
+    told_json = capsys.readouterr()
+    assert told_json.err.splitlines() == [line]
+    assert "NaN" not in told_json.out
+    plot(folder, View(kind="pareto", x="link_busy_share"), out=None, as_json=False, force=False)
+    assert capsys.readouterr().err.splitlines() == [line]
+    plot(folder, View(), out=None, as_json=False, force=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_share_that_no_point_knows_cannot_be_shown(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least one point, got link_busy_share: where a system prefetches"):
+        view(without_links(tmp_path, known=0), value="link_busy_share")
 
 
 def test_records_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

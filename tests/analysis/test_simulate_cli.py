@@ -33,6 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     store.save(slice_trace(mixed, sequences="0:6", tokens=60), tmp_path / "t.safetensors")
     store.save(slice_trace(mixed, sequences="6:12", tokens=60), tmp_path / "other.safetensors")
     Path("my.py").write_text(PREFETCHER)
+    Path("e.toml").write_text('name = "hybrimoe"\n')
     return tmp_path
 
 
@@ -77,7 +78,7 @@ def test_a_system_can_be_changed_and_says_so() -> None:
 
 
 def test_what_was_not_calibrated_is_told() -> None:
-    assert "was given no calibration trace" in " ".join(shown("--system", "ktransformers").split())
+    assert "no calibration trace was given" in " ".join(shown("--system", "ktransformers").split())
 
 
 def test_a_policy_of_ones_own_is_found_by_its_kind() -> None:
@@ -130,6 +131,30 @@ def test_who_cannot_run_is_named_with_the_reason() -> None:
     assert len(records("--systems", "hybrimoe,ktransformers", "--lookahead-recall", "0.8")) == 2
 
 
+def test_what_needs_the_order_of_passes_is_left_out_where_requests_arrive(folder: Path) -> None:
+    result = simulate(
+        "--systems", "oracle,dali", "--arrivals", "poisson", "--rate-per-s", "20", "--out", "runs", "--json"
+    )
+    assert result.exit_code == 0
+    assert "left out: oracle: arrivals must be left out (or all be 0) for belady" in result.stderr
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["dali", "systems.png"]
+
+
+def test_a_note_that_several_systems_share_is_told_once() -> None:
+    text = shown("--systems", "fiddler,ktransformers,on-demand")
+    assert "fiddler, ktransformers: no calibration trace was given: evict static-uniform stands in" in text
+
+
+def test_an_interrupt_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("analysis.systems.side_by_side", interrupted)
+    before = sorted(folder.iterdir())
+    assert simulate("--systems", "dali,fiddler", "--out", "runs").exit_code == 130
+    assert sorted(folder.iterdir()) == before
+
+
 def test_requests_may_arrive_over_time() -> None:
     words = ["--batch", "2", "--batching", "continuous", "--arrivals", "poisson", "--rate-per-s", "20"]
     (record,) = records(*words)
@@ -147,6 +172,7 @@ def test_requests_may_arrive_over_time() -> None:
         ("--system hybridmoe", "system must be a known name, got 'hybridmoe' (did you mean hybrimoe"),
         ("--systems hybrimoe,gone.toml", "system file must be readable, got gone.toml"),
         ("--systems , ", "systems must be names with commas, or all, got ','"),
+        ("--systems hybrimoe,e.toml", "systems must have different names, got hybrimoe 2 times"),
         ("--systems all --evict lru", "evict must not be given together with systems, got lru"),
         ("--option depth=1", "option must be KIND.NAME=VALUE, got 'depth=1'"),
         ("--option evict.alpha=1", "options.evict must be left out for lru, which has none, got alpha"),

@@ -385,3 +385,9 @@ def test_show_reads_a_file_of_the_user(tmp_path: Path) -> None:
     path.write_text(MACHINE, encoding="utf-8")
     record = json.loads(CliRunner().invoke(hardware_app, ["show", str(path), "--json"]).output)
     assert record["gpu"]["memory_bytes"] == 8_000_000_000
+
+
+@pytest.mark.parametrize("name", ["h100x8", "4xh100", "gh200", "dgx-h100", "h100+grace+pcie5-x16"])
+def test_several_gpus_and_unified_memory_are_refused_by_name(name: str) -> None:
+    with pytest.raises(InputError, match="hardware must have one GPU with memory of its own: several GPUs and unified"):
+        catalogue.find_hardware(name)

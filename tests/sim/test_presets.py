@@ -71,7 +71,7 @@ def test_what_has_to_be_fitted_has_a_stand_in_and_says_so(name: str) -> None:
     system, notes = found.fitted(calibrated=False)
     assert "calibration" in found.system.needs
     assert "calibration" not in system.needs
-    assert notes[0].startswith(f"{name} was given no calibration trace: ")
+    assert notes[0].startswith("no calibration trace was given: ")
     assert found.fitted(calibrated=True) == (found.system, [])
 
 
@@ -117,6 +117,15 @@ def test_a_file_may_name_itself_and_a_policy_beside_it(system_file: Callable[[st
         ("[options.evicts]\nalpha = 1", "options must be a known name, got 'evicts'"),
         ('holds = "nothing"', "scope must be global where a system holds nothing, got layer"),
         ("sim_only = 3", "sim_only must be a valid boolean"),
+        ('name = "../evil"', "name must be letters, digits, dots, blanks and dashes, got '../evil'"),
+        (
+            'like = "hybrimoe"\n[options.prefetch]\ndepth = "two"',
+            "options.prefetch: depth must be a whole number, got 'two'",
+        ),
+        ('like = "hybrimoe"\n[options.prefetch]\ndepth = 9', "options.prefetch: depth must be from 1 to 3, got 9"),
+        ('like = "adapmoe"\nscope = "global"', "scope must be layer with slots_by_layer miss-costs, got global"),
+        ('uncalibrated = { evictt = "lru" }', "evictt must be left out"),
+        ('starts_with = "lru"', "starts_with must be an eviction policy that loads something beforehand, got 'lru'"),
     ],
 )
 def test_a_file_with_a_mistake_is_refused(text: str, told: str, system_file: Callable[[str], str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from sim.sweep import backends
 from sim.sweep.backends import backend_of
 from tests.sim.sweeping import LINKS, Seen, grid, untimed, write_trace
 from traces.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MURDEROUS = """
 import os
@@ -94,3 +97,30 @@ def test_a_scheduler_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match=rf"scheduler must be one that answers within .* got {address}"):
         Seen().sweep(grid(tmp_path, {"seed": [1]}), tmp_path / "out", name="dask", scheduler=address)
     assert not (tmp_path / "out").exists()
+
+
+IMPATIENT = """
+import sys
+import moetwin
+from sim.sweep import backends
+backends.PATIENCE_S = 0.2
+moetwin.app(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("address", ["nonsense", "tls://127.0.0.1:9"])
+def test_the_end_of_the_process_adds_nothing_to_the_one_line(tmp_path: Path, address: str) -> None:
+    """A client that is left half made is closed by the interpreter when it ends, which it would tell of."""
+    pytest.importorskip("distributed", reason="needs the extra moetwin[cluster]")
+    (tmp_path / "k.toml").write_text('[base]\ntrace = "t.safetensors"\nmodel = "moetwin-small"\n[axes]\nseed = [1]\n')
+    words = ["sweep", "k.toml", "--backend", "dask", "--scheduler", address, "--out", "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPATIENT, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == f"error: scheduler must be one that answers within 0.2 s, got {address}\n"
+    assert (done.returncode, done.stdout) == (2, "")

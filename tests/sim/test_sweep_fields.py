@@ -97,7 +97,7 @@ def test_constants_are_tried_on_every_policy(tmp_path: Path, kind: str) -> None:
         ({"compute_table": "none.csv"}, "compute-table must be readable"),
         ({"arrivals": "poison"}, "poison"),
         ({"arrivals": "none.csv"}, "none.csv"),
-        ({"arrivals": "poisson", "rate_per_s": -1}, "rate_per_s must be greater than 0, got -1"),
+        ({"arrivals": "poisson", "rate_per_s": -1}, "rate_per_s must be greater than or equal to 0.000001, got -1.0"),
         ({"lookahead_recall": 1.5}, "recall must be"),
         ({"batch": 0}, "batch must be greater than 0, got 0"),
         ({"batch": 1.5}, "batch must be a valid integer"),

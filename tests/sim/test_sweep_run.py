@@ -20,7 +20,7 @@ from sim.scenario import Prepared
 from sim.sweep import point, store
 from sim.sweep.point import Outcome, Task, prepared_of, run_point
 from sim.sweep.store import opened
-from tests.sim.sweeping import COUNTING, LINKS, Seen, grid, untimed, write_trace
+from tests.sim.sweeping import COUNTING, LINKS, SIZES, Seen, grid, untimed, write_trace
 from traces.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +79,28 @@ def test_busy_shares_are_of_the_events(tmp_path: Path) -> None:
         share = table[f"{name}_busy_share"][0]
         assert 0 < share <= 1
         assert share == pytest.approx(took[name], rel=0.02), name
+
+
+def test_the_link_is_of_unknown_share_where_copies_run_ahead(tmp_path: Path) -> None:
+    """Their times are in no table of layers: what those alone tell is far less than what the events do."""
+    axes = {"system.prefetch": ["none", "oracle"], "system.synchronous": [False, True]}
+    table, _ = sweep(tmp_path, axes, hardware__link_gb_per_s=1)
+    assert set(table.status) == {"ok"}
+    assert table.link_busy_share.isna().tolist() == [False, False, True, False]
+    assert table[["gpu_busy_share", "cpu_busy_share"]].notna().all(axis=None)
+    stored = pd.read_parquet(tmp_path / "out" / "sweep.parquet")
+    assert stored.link_busy_share.isna().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("prefetch", ["none", "oracle"])
+def test_copied_bytes_are_of_prefetches_too(tmp_path: Path, prefetch: str) -> None:
+    wanted = grid(tmp_path, {"seed": [1]}, system__prefetch=prefetch)
+    table = Seen().sweep(wanted, tmp_path / "out")
+    run = prepared_of(_scenario(wanted, 0)).run()
+    copies = run.operations.bytes[run.operations.op == "copy"].sum()
+    processed = SIZES.sequences * (SIZES.prompt_tokens + SIZES.new_tokens)
+    assert table.copied_bytes_per_processed_token[0] == pytest.approx(copies / processed)
+    assert (copies > run.layers.bytes.sum()) == (prefetch == "oracle")
 
 
 def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:

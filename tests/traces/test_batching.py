@@ -301,7 +301,7 @@ def test_a_plain_spec_is_lock_step() -> None:
         ({"prefill_chunk": -1}, "prefill_chunk must be greater than or equal to 0, got -1"),
         ({"arrivals": "poisson"}, "rate_per_s must be given with poisson arrivals, got nothing"),
         ({"rate_per_s": 2.0}, "rate_per_s must be left out without arrivals, got 2"),
-        ({"arrivals": "poisson", "rate_per_s": 0.0}, "rate_per_s must be greater than 0, got 0.0"),
+        ({"arrivals": "poisson", "rate_per_s": 0.0}, "rate_per_s must be greater than or equal to 0.000001, got 0.0"),
         ({"arrivals": "poisson", "rate_per_s": float("inf")}, "rate_per_s must be a finite number, got inf"),
         ({"seed": -1}, "seed must be greater than or equal to 0, got -1"),
         ({"prefill_chunks": 2}, "field must be a known name, got 'prefill_chunks' (did you mean prefill_chunk?)"),
