@@ -39,7 +39,11 @@ class BatchSpec(BaseModel):
     prefill_chunk: NonNegativeInt = Field(default=0, description="most tokens of a prefill pass; 0: whole prompts")
     arrivals: str | None = Field(default=None, description="poisson, or a CSV file of times; else all are there")
     rate_per_s: float | None = Field(
-        default=None, ge=1e-6, le=1e6, allow_inf_nan=False, description="requests a second; recorded times are stretched to it"
+        default=None,
+        ge=1e-6,
+        le=1e6,
+        allow_inf_nan=False,
+        description="requests a second; recorded times are stretched to it",
     )
     seed: NonNegativeInt = Field(default=0, description="of the Poisson process")
 
