@@ -17,7 +17,7 @@ from sim.policies import PLACEMENT, PREFETCH
 from sim.presets import Preset, find_preset, preset_names
 from sim.results import RunResult
 from sim.spec import catalogue
-from sim.systems import KINDS, Constant, SystemSpec, no_constant
+from sim.systems import KINDS, Constant, SystemSpec, loads_beforehand, no_constant
 from traces import store
 from traces.errors import InputError, unknown_name
 from traces.schema import Trace
@@ -104,10 +104,14 @@ def system_of(
         if kind in changes:
             raise InputError(f"{kind} must be given once, got {changes[kind]} and {text}")
         changes[kind] = text
+    if "evict" in changes and loads_beforehand(changes["evict"]):  # it brings the set that the cache starts with
+        changes["starts_with"] = ""
     fields = base.system.model_dump() | changes
     fields["options"] = {kind: values for kind, values in fields["options"].items() if kind not in changes}
     if base.name and changes:
-        fields["name"] = f"{base.name} with {', '.join(f'{field} {value}' for field, value in changes.items())}"
+        fields["name"] = (
+            f"{base.name} with {', '.join(f'{field} {value}' for field, value in changes.items() if value)}"
+        )
     spec = _checked(fields)
     if option:
         spec = _checked(spec.model_dump() | {"options": _options(spec, option)})

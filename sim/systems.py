@@ -74,7 +74,7 @@ class SystemSpec(BaseModel):
     @field_validator("starts_with")
     @classmethod
     def _known_start(cls, value: str) -> str:
-        if value and _policy("evict", value).preload is EvictionPolicy.preload:
+        if value and not loads_beforehand(value):
             raise InputError(f"starts_with must be an eviction policy that loads something beforehand, got {value!r}")
         return value
 
@@ -89,8 +89,7 @@ class SystemSpec(BaseModel):
                     raise no_constant(kind, getattr(self, kind), constant, defaults)
             _accepted(f"options.{kind}", check_constants, constants, defaults)
         _accepted("options.prefetch", self.policy("prefetch").depth, self.options_of("prefetch"))
-        loads = self.policy("evict").preload is not EvictionPolicy.preload
-        if loads and (self.starts_with or self.slots_by_layer != "even"):
+        if loads_beforehand(self.evict) and (self.starts_with or self.slots_by_layer != "even"):
             raise InputError(
                 f"starts_with and slots_by_layer must be left out for {self.evict}, which has a set of its own"
             )
@@ -160,6 +159,12 @@ class SystemSpec(BaseModel):
         ahead = [] if self.synchronous or self.prefetch == "none" else [self.prefetch]
         parts = [self.evict, self.place, *ahead]
         return " + ".join(part.rpartition(":")[2] for part in parts)
+
+
+def loads_beforehand(evict: str) -> bool:
+    """Whether an eviction policy brings a set that is loaded before the first step."""
+    found: bool = _policy("evict", evict).preload is not EvictionPolicy.preload
+    return found
 
 
 def _accepted(field: str, check: Callable[..., Any], *constants: Any) -> None:

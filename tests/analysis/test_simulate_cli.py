@@ -77,6 +77,14 @@ def test_a_system_can_be_changed_and_says_so() -> None:
     assert system["options"] == {"prefetch": {"depth": 1}}
 
 
+def test_an_eviction_policy_with_a_set_of_its_own_takes_the_place_of_the_first_set() -> None:
+    for evict, start in (("static-uniform", ""), ("lru", "static-uniform")):
+        (record,) = records("--system", "hybrimoe", "--evict", evict)
+        system = record["system"]
+        assert isinstance(system, dict)
+        assert (system["name"], system["starts_with"]) == (f"hybrimoe with evict {evict}", start)
+
+
 def test_what_was_not_calibrated_is_told() -> None:
     assert "no calibration trace was given" in " ".join(shown("--system", "ktransformers").split())
 
