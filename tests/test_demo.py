@@ -50,7 +50,7 @@ def test_the_floor_benchmark_prints_engine_and_skeleton(tmp_path: Path) -> None:
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.splitlines() == shown(json.loads(out.read_text(encoding="utf-8")))
     assert [line.split("  ")[0].strip() for line in outcome.stdout.splitlines()] == [
-        "engine", "engine, by events", "skeleton",
+        "engine", "engine, by events", "skeleton", "hybrimoe, impact",
     ]  # fmt: skip
 
 

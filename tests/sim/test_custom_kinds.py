@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from sim.custom import kind_of, load_policy
 from sim.policies import EvictionPolicy, PlacementPolicy, PrefetchPolicy
 from sim.results import RunResult
+from sim.spec.faults import first_fault
 from sim.systems import SystemSpec
 from tests.sim.hand import HandCosts, host, run, trace_of
 from traces.errors import InputError
@@ -271,12 +272,14 @@ def test_what_a_policy_does_to_its_lists_stays_with_it(write: Callable[[str], No
     [
         (0, "depth must be from 1 to 3, got 0 (my.py:Wants)"),
         (7, "depth must be from 1 to 3, got 7 (my.py:Wants)"),
-        ("x", "depth must be from 1 to 3, got x (my.py:Wants)"),
+        ("x", "depth must be a whole number, got 'x'"),
     ],
 )
 def test_a_depth_that_no_trace_has_is_refused(write: Callable[[str], None], depth: Any, message: str) -> None:
     write()
-    assert refused(prefetch="my.py:Wants", options={"prefetch": {"depth": depth}}) == message
+    with pytest.raises(ValidationError) as caught:
+        SystemSpec(prefetch="my.py:Wants", options={"prefetch": {"depth": depth}})
+    assert first_fault(caught.value) == f"options.prefetch: {message}"
 
 
 def test_a_constant_that_a_class_refuses_keeps_its_words(write: Callable[[str], None]) -> None:
