@@ -204,6 +204,8 @@ class OffloadController:
         base = layer * self.shape.experts
         experts, counts, assignments, scores = routing
         blocks = [base + expert for expert in experts]
+        if not blocks:  # nothing was routed: no event for a policy, as in a replay
+            return {}
         for policy in self._hear_scores:
             policy.observe_scores(layer, scores)
         for policy in self._hear_uses:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from sim.replay import Capacity, Feed, Settings, replay
 from tests.sim import golden_misses
 from tests.sim.hand import HandCosts, run, trace_of
 from tests.sim.replaying import play, recount, traces
-from traces.schema import NOT_ROUTED, Trace
+from traces.schema import NOT_ROUTED, Trace, TraceHeader
 from traces.workload import Workload, lock_step
 
 ALONE = [name for name, kind in EVICTION.items() if "calibration" not in kind.needs]
@@ -51,6 +52,20 @@ def test_a_run_misses_what_the_replay_misses(name: str, scope: str, data: Any) -
     slots = data.draw(st.integers(1, header.experts * (header.layers if scope == "global" else 1)))
     expected = misses_of_replay(Feed.of(trace, batch), slots, name, scope)
     assert misses_of_run(lock_step(trace, batch), slots, name, scope) == expected
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_layer_without_a_routed_expert_is_no_event(name: str) -> None:
+    """Two layers of two experts, three slots for both; in the fifth token nothing is routed to the first layer."""
+    chosen = [[1, 1], [1, NOT_ROUTED], [0, 0], [1, 1], [NOT_ROUTED, 0], [0, NOT_ROUTED], [0, 0]]
+    ids = np.array(chosen, np.uint16)[:, :, None]
+    score = np.where(ids == np.arange(2), 0.6665, 0.3333).astype(np.float16)
+    header = TraceHeader(model="by hand", layers=2, experts=2, top_k=1, expert_bytes=(100, 100))
+    order = np.arange(7)
+    rows = {"token_ids": 0 * order, "sequence": 0 * order, "position": order, "step": order, "phase": 0 * order + 1}
+    trace = Trace.of(header, expert_ids=ids, scores=score, **rows)
+    expected = misses_of_replay(Feed.of(trace, 1), 3, name, "global")
+    assert misses_of_run(lock_step(trace, 1), 3, name, "global") == expected
 
 
 def whole_prompts(trace: Trace) -> Trace:
