@@ -40,10 +40,16 @@ class AheadTimeline(Timeline):
         self._step = 0
 
     def read_back(self, seconds: float) -> tuple[()]:
-        """The host reads the router's choice; the controller learns what has arrived by then."""
+        """The host reads the router's choice; the controller learns what has arrived by then, and what has not begun
+        is taken back."""
         self.now_s += seconds
         self._serve(self.now_s)
         self._poll()
+        while self._prefetch:
+            operation = self._prefetch.pop()[0]
+            self._untimed.discard(operation.id)
+            self._log.withdrawn(operation)
+            self._controller.on_withdrawal(operation)
         return NOTHING
 
     def dense(self, kind: str, record: LayerRecord, dispatch_s: float, duration_s: float) -> tuple[()]:
@@ -64,15 +70,15 @@ class AheadTimeline(Timeline):
         return NOTHING
 
     def execute(self, plan: LayerPlan, record: LayerRecord) -> tuple[()]:
-        """Submits a layer's operations without waiting. GPU and CPU are free, for the dense part waited for both."""
+        """Submits a layer's operations without waiting. The GPU is free, for the dense part has waited for it, and so
+        is the CPU but for experts that were deferred."""
         now_s, self._step = self.now_s, record.step
         self._log.submitted(record.step, plan.operations)
         self._serve(now_s)
         if len(self._ends) > REMEMBERED:
             self._ends = self._still_open(now_s)
-        if self._prefetch:
-            self._promote(plan.operations)
-        self._gpu_s = self._cpu_s = record.end_s = now_s
+        self._gpu_s = now_s
+        self._cpu_s = record.end_s = max(now_s, self._deferred_s)
         self._submit(plan.operations, record)
         self._pull()
         return NOTHING
@@ -84,9 +90,10 @@ class AheadTimeline(Timeline):
     def _submit(self, operations: list[Operation], record: LayerRecord) -> None:
         """Queues a layer's copies and kernels, and times what waits for nothing that is queued."""
         now_s, untimed = self.now_s, self._untimed
+        free_s, deferred_s = max(now_s, self._cpu_free_s), 0.0
         first = record.layer not in self._controller.layers_on_cpu
         for operation in operations:
-            number, op, _, expert, _, tokens, size_bytes, _, _ = operation
+            number, op, _, expert, _, tokens, size_bytes, _, _, deferred = operation
             if op == GPU:
                 self._kernels.append((operation, record))
                 untimed.add(number)
@@ -97,19 +104,16 @@ class AheadTimeline(Timeline):
                 untimed.add(number)
             elif op == CPU:
                 seconds, first = self._costs.cpu_expert_s(tokens, first), False
-                start_s, self._cpu_s = self._cpu_s, self._cpu_s + seconds
+                start_s, free_s = free_s, free_s + seconds
                 record.cpu_s += seconds
-                record.end_s = max(record.end_s, self._cpu_s)
-                self._log.event("cpu", "expert", record, expert, start_s, self._cpu_s)
+                if deferred:
+                    deferred_s = free_s
+                else:
+                    self._cpu_s, record.end_s = free_s, max(record.end_s, free_s)
+                self._log.event("cpu", "expert", record, expert, start_s, free_s)
             elif size_bytes:
                 self._save(operation)
-
-    def _promote(self, operations: list[Operation]) -> None:
-        """Queued prefetches that these operations wait for need not stand back any longer."""
-        waited = {number for operation in operations for number in operation.after}
-        for one in [one for one in self._prefetch if one[0].id in waited]:
-            self._prefetch.remove(one)
-            self._demand.append(one)
+        self._cpu_free_s, self._deferred_s = free_s, deferred_s
 
     def _pull(self) -> None:
         """Asks for prefetches while the link has room."""
@@ -131,7 +135,7 @@ class AheadTimeline(Timeline):
 
     def _save(self, operation: Operation) -> None:
         """Times a write-back, which the way back to the host takes in order of submission."""
-        number, op, layer, expert, _, _, size_bytes, after, _ = operation
+        number, op, layer, expert, _, _, size_bytes, after, *_ = operation
         self._beside(op, number, expert, size_bytes, after, LayerRecord(self._step, layer), self._ends)
 
     def _poll(self) -> None:

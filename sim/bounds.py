@@ -32,7 +32,8 @@ cost beyond the copy itself.
 
 The chain holds for systems whose dense work is on the GPU. Where it follows the experts to the CPU (``dense_follows``),
 a layer whose experts are all on the CPU may have its dense part there, too, needs no read-back, and hands nothing over:
-W(n) is then the lesser of both.
+W(n) is then the lesser of both. Where CPU experts may be deferred to the next layer (``defers``), a layer may end
+before them: W(c) is then without the CPU's seconds.
 """
 
 from __future__ import annotations
@@ -98,37 +99,47 @@ class Bounds:
 
 def lower_bound(prepared: Prepared, slots: int | None = None) -> Bounds:
     """The bounds of a scenario, with as many slots as its system has, or ``slots``."""
-    own = prepared.budget.total(prepared.model.moe_layers, prepared.system.scope)
-    follows = prepared.system.dense_follows
-    return bounds_of(prepared.plan, prepared.costs, own if slots is None else slots, dense_follows=follows)
+    own, system = prepared.budget.total(prepared.model.moe_layers, prepared.system.scope), prepared.system
+    return bounds_of(
+        prepared.plan,
+        prepared.costs,
+        own if slots is None else slots,
+        dense_follows=system.dense_follows,
+        defers=system.deferral > 0,
+    )
 
 
 def lower_bounds(compared: Sequence[Prepared]) -> list[Bounds]:
     """The bounds of scenarios that differ in nothing but the system: one budget, the largest of them, bounds all.
 
     Whoever holds every expert of the model, and so stands outside the budget, has bounds of its own, and so has who
-    takes dense work to the CPU.
+    takes dense work to the CPU, or defers experts.
     """
     slots = [one.budget.total(one.model.moe_layers, one.system.scope) for one in compared]
     every = [one.model.moe_layers * one.model.experts for one in compared]
     most = max((held for held, all_ in zip(slots, every, strict=True) if held < all_), default=0)
     judged = [held if held == all_ else most for held, all_ in zip(slots, every, strict=True)]
-    kinds = [(held, one.system.dense_follows) for held, one in zip(judged, compared, strict=True)]
+    kinds = [
+        (held, one.system.dense_follows, one.system.deferral > 0) for held, one in zip(judged, compared, strict=True)
+    ]
     found = {kind: lower_bound(compared[kinds.index(kind)], kind[0]) for kind in dict.fromkeys(kinds)}
     return [found[kind] for kind in kinds]
 
 
-def bounds_of(plan: Workload | Requests, costs: Costs, slots: int, *, dense_follows: bool = False) -> Bounds:
+def bounds_of(
+    plan: Workload | Requests, costs: Costs, slots: int, *, dense_follows: bool = False, defers: bool = False
+) -> Bounds:
     """Bounds for every system that runs ``plan`` with ``slots`` for experts in all, staging slots apart.
 
-    With ``dense_follows`` they hold for systems, too, that run layers on the CPU as a whole. Raises :class:`InputError`
-    for requests that arrive over time: the order of their passes depends on the system.
+    With ``dense_follows`` they hold for systems, too, that run layers on the CPU as a whole, with ``defers`` for those
+    whose CPU experts may join the next layer's output. Raises :class:`InputError` for requests that arrive over time:
+    the order of their passes depends on the system.
     """
     workload = known_order(plan, "a bound")
     routing = routings_of(workload.trace)
     passes = [(step, routing(step)) for step in workload]
     size_bytes = min(workload.trace.header.expert_bytes)
-    stretch = _Stretches(costs, size_bytes, workload.trace.header.experts, slots, dense_follows)
+    stretch = _Stretches(costs, size_bytes, workload.trace.header.experts, slots, dense_follows, defers)
     by_phase = {Phase.PREFILL: Bound(), Phase.DECODE: Bound()}
     for phase, group in groupby(passes, key=lambda one: one[0].phase):
         by_phase[phase] += stretch.bound([*group])
@@ -140,9 +151,12 @@ def bounds_of(plan: Workload | Requests, costs: Costs, slots: int, *, dense_foll
 class _Stretches:
     """Bounds of stretches of passes under one budget."""
 
-    def __init__(self, costs: Costs, size_bytes: int, experts: int, slots: int, dense_follows: bool) -> None:
+    def __init__(
+        self, costs: Costs, size_bytes: int, experts: int, slots: int, dense_follows: bool, defers: bool
+    ) -> None:
         self._costs, self._host, self._experts, self._slots = costs, costs.host, experts, slots
         self._dense_follows = dense_follows
+        self._cpu_expert_s = (lambda tokens, first: 0.0) if defers else costs.cpu_expert_s
         self._copy_s = costs.copy_s(size_bytes)
         self._layer = cache(self._minorant)
 
@@ -189,7 +203,7 @@ class _Stretches:
     def _minorant(self, tokens: tuple[int, ...], moved_s: float) -> tuple[float, Array]:
         """The convex minorant of a layer's seconds by its uses on the CPU: the first value, and the steps up to all."""
         beside_s = 0.0 if self._host.joins_layers else self._host.layer_s  # the next dispatch runs beside the experts
-        layer_s = np.maximum(split_s(tokens, self._costs.gpu_expert_s, self._costs.cpu_expert_s), beside_s)
+        layer_s = np.maximum(split_s(tokens, self._costs.gpu_expert_s, self._cpu_expert_s), beside_s)
         all_on_cpu_s = sum(self._costs.cpu_expert_s(count, False) for count in tokens)
         layer_s[-1] = min(layer_s[-1], max(all_on_cpu_s, beside_s) + moved_s)
         return float(layer_s[0]), np.diff(_convex(layer_s))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from sim.presets import find_preset, preset, preset_names
 from sim.spec import BITS_PER_WEIGHT, HardwareSpec, ModelSpec, catalogue
 from sim.spec.overrides import handy
 from sim.systems import KINDS
+from traces.errors import InputError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Changes = Annotated[
@@ -157,33 +159,50 @@ def list_hardware(as_json: AsJson = False) -> None:
 @hardware_app.command("show")
 def show_hardware(
     name: Annotated[
-        str, typer.Argument(help="A name of `moetwin hardware list`, gpu+cpu+link of its parts, or a TOML file.")
+        str,
+        typer.Argument(help="A machine or part of `moetwin hardware list`, gpu+cpu+link of its parts, or a TOML file."),
     ],
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show every number of one machine, how to change it, and where it comes from. A part may be a TOML file.
+    """Show every number of one machine, or of a part, how to change it, and where it comes from. A part may be a TOML
+    file.
 
     Examples:
 
       moetwin hardware show a6000-xeon5220r
 
+      moetwin hardware show a6000
+
       moetwin hardware show rtx4090+xeon6330+pcie4-x16+nvme-pcie4
 
       moetwin hardware show rtx4090-pcie4 --set link.gb_per_s=12 --set regime=graph
     """
-    spec = catalogue.overridden(catalogue.find_hardware(name), catalogue.settings_of(changes or (), "set"))
+    record = _hardware_record(name, changes or ())
     if as_json:
-        _print_json(spec.model_dump())
+        _print_json(record)
         return
     table = _table("part", "field", "value", "to change it")
     table.columns[1].no_wrap = table.columns[3].no_wrap = True
-    for part, value in spec.model_dump(exclude_none=True).items():
+    for part, value in record.items():
+        if value is None:
+            continue
         fields = value if isinstance(value, dict) else {"": value}
         for field, number in fields.items():
             table.add_row(part, field, _shown(number), _setting(part, field, number))
         table.add_section()
     Console().print(table)
+
+
+def _hardware_record(name: str, changes: Sequence[str]) -> dict[str, Any]:
+    """A machine, or else the parts of that name, by kind; raises :class:`InputError` for what is neither."""
+    parts = {} if name in catalogue.hardware_names() else catalogue.find_parts(name)
+    if parts:
+        if changes:
+            raise InputError(f"set must be left out for a part, which is changed in a machine, got {changes[0]}")
+        return {kind: part.model_dump() for kind, part in parts.items()}
+    spec = catalogue.overridden(catalogue.find_hardware(name), catalogue.settings_of(changes, "set"))
+    return spec.model_dump()
 
 
 def _setting(part: str, field: str, value: object) -> str:

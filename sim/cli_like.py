@@ -76,18 +76,22 @@ def like(
     with Console(stderr=True).status("measuring") as status:
         law = fit(source, np.random.default_rng(0), say=lambda what: status.update(f"fitting {what}"))
         status.update("generating")
-        chosen = replace(
-            law,
-            scores=law.scores if scores is None else scores,
-            lookahead_recall=law.lookahead_recall if recalls is None else recalls,
-        )
-        made = generate(chosen, seed, shape, dtype=_dtype(source, spec))
+        made = generate(_changed(law, scores, recalls), seed, shape, dtype=_dtype(source, spec))
         if spec is not None:
             made = replace(made, header=made.header.model_copy(update={"model": spec.name}))
         status.update("comparing")
         portraits = (*likeness(law, np.random.default_rng(0), source), portrait(made))
     store.save(made, out, force=force)
     _tell(out, made, law, portraits, as_json=as_json)
+
+
+def _changed(law: Law, scores: bool | None, recalls: tuple[float, ...] | None) -> Law:
+    """``law`` with or without scores, and with look-ahead of these recalls; None leaves it as it is."""
+    return replace(
+        law,
+        scores=law.scores if scores is None else scores,
+        lookahead_recall=law.lookahead_recall if recalls is None else recalls,
+    )
 
 
 def _spec(model: str | None, **given: int | None) -> ModelSpec | None:

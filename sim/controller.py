@@ -8,7 +8,7 @@ reports arrivals of prefetched experts with :meth:`~OffloadController.on_arrival
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -77,6 +77,7 @@ class OffloadController:
             weights=(1,) * shape.layers,
             shared=shared,
             seed=seed,
+            by_layer=budget.by_layer,
         )
         self.system, self.shape, self.budget = system, shape, budget
         self.cache = ExpertCache(
@@ -90,6 +91,7 @@ class OffloadController:
         self._hear_sequences = [one for one in told if _hears(one, "begin_sequence")]
         self._hear_scores = [one for one in told if "scores" in one.needs]
         self._hear_uses = [one for one in told if _hears(one, "observe")]
+        self._defers, self._protected_ranks = system.deferral > 0, shape.top_k - system.deferral
         self._looks_ahead = system.prefetch != "none" and not system.synchronous
         self._predicted = predicted
         held = budget.host_slots
@@ -117,19 +119,13 @@ class OffloadController:
         self.preloaded = len(blocks)
         return self._draft.preload(blocks)
 
-    def _first_blocks(self) -> list[int]:
+    def _first_blocks(self) -> Sequence[int]:
         """The set that fills the cache before a policy that did not choose it takes over."""
-        layers, experts = self.shape.layers, self.shape.experts
-        sizes = self.budget.by_layer or (self.budget.slots,) * layers
-        sets = {size: self._set_of(size) for size in set(sizes)}
-        chosen = [block for block in range(layers * experts) if block in sets[sizes[block // experts]]]
+        policy = self.system.first_set(self._context)
+        chosen = policy.preload() if policy else ()
         for block in chosen:
             self._evict.admit(block)
         return chosen
-
-    def _set_of(self, slots: int) -> frozenset[int]:
-        policy = self.system.first_set(replace(self._context, capacity=slots))
-        return frozenset(policy.preload() if policy else ())
 
     def begin_step(self, step: int, *, new_batch: bool = False) -> None:
         """A forward pass begins; ``step`` counts them over the run. ``new_batch``: none of its sequences ran before."""
@@ -156,7 +152,10 @@ class OffloadController:
         draft = self._draft
         draft.begin(layer, load)
         if on_cpu:
-            draft.cpu(on_cpu)
+            deferred = self._deferred(layer, routing, on_cpu) if self._defers else NOTHING
+            if deferred:
+                on_cpu = [*[block for block in on_cpu if block not in deferred], *deferred]
+            draft.cpu(on_cpu, len(deferred))
         if verdict:
             draft.fetch(on_gpu, verdict)
         else:
@@ -198,11 +197,17 @@ class OffloadController:
         """A prefetched expert is on the device."""
         del self.cache.in_flight[operation.layer * self.shape.experts + operation.expert]
 
+    def on_withdrawal(self, operation: Operation) -> None:
+        """A prefetch that had not begun when a layer's choice became known is taken back, to be decided anew."""
+        del self.cache.in_flight[operation.layer * self.shape.experts + operation.expert]
+        self._draft.withdraw(operation)
+        self.prefetched -= 1
+
     def _take_in(self, layer: int, routing: Routing) -> dict[int, int]:
         """Tells the policy of the event; returns block -> tokens, most tokens first, then the lowest id."""
         self._event += 1
         base = layer * self.shape.experts
-        experts, counts, assignments, scores = routing
+        experts, counts, assignments, scores, _ = routing
         blocks = [base + expert for expert in experts]
         if not blocks:  # nothing was routed: no event for a policy, as in a replay
             return {}
@@ -223,6 +228,14 @@ class OffloadController:
         assignment = self._place.place(view)
         self.fallbacks += assignment.fallback
         return assignment, view
+
+    def _deferred(self, layer: int, routing: Routing, on_cpu: list[int]) -> list[int]:
+        """Those of ``on_cpu`` that may join the next layer's output: no token of theirs has them among its best."""
+        if layer == self.shape.layers - 1:
+            return NOTHING
+        assert routing.ranks is not None, "whoever wants deferral is given ranks"
+        rank_of, base = dict(zip(routing.experts, routing.ranks, strict=True)), layer * self.shape.experts
+        return [block for block in on_cpu if rank_of[block - base] >= self._protected_ranks]
 
     def _view(self, layer: int, load: Mapping[int, int], parts: tuple[list[int], list[int], list[int]]) -> LayerView:
         base, predicted = layer * self.shape.experts, self._predicted

@@ -200,7 +200,8 @@ class TableCosts(RooflineCosts):
 
     @property
     def notes(self) -> list[str]:
-        """What was asked beyond the largest batch that was measured, where time is taken in proportion."""
-        if self._most_tokens <= self.table.most_tokens:
-            return []
-        return [f"{self.table.name} was asked for {self._most_tokens} tokens, measured to {self.table.most_tokens}"]
+        """Whose table it is, and what was asked beyond what was measured, where time is taken in proportion."""
+        doubts = self.table.doubts(self.model.name, self.model.top_k)
+        if self._most_tokens > (most := self.table.most_tokens):
+            doubts.append(f"{self.table.name} was asked for {self._most_tokens} tokens, measured to {most}")
+        return doubts

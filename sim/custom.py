@@ -21,7 +21,7 @@ from traces.errors import InputError, unknown_name
 
 GIVEN = {
     "evict": ("scores", "future", "calibration"),
-    "prefetch": ("scores", "future", "calibration", "lookahead"),
+    "prefetch": ("scores", "future", "calibration", "lookahead", "residuals"),
     "place": ("future", "calibration"),
 }
 """What a run can give to a policy of each kind that needs it."""

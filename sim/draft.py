@@ -47,13 +47,17 @@ class Draft:
             operations += self.operations
         return operations
 
-    def cpu(self, blocks: Sequence[int]) -> None:
-        """Experts that the CPU computes, in its order: a resident one stays, another is used without being kept."""
-        memory = self._memory
-        for block in blocks:
+    def cpu(self, blocks: Sequence[int], deferred: int = 0) -> None:
+        """Experts that the CPU computes, in its order; the last ``deferred`` ones join the next layer's output.
+
+        A resident one stays, another is used without being kept.
+        """
+        memory, at_once = self._memory, len(blocks) - deferred
+        for place, block in enumerate(blocks):
             after = self._brought(memory, block) if memory else ()
             self._number = number = self._number + 1
-            fields = (number, CPU, self._layer, block - self._base, -1, self._load[block], 0, after, False)
+            tokens, late = self._load[block], place >= at_once
+            fields = (number, CPU, self._layer, block - self._base, -1, tokens, 0, after, False, late)
             self.operations.append(operation_of(fields))
             if memory:
                 memory.note(block, CPU, number)
@@ -66,7 +70,7 @@ class Draft:
         add = self.operations.append
         for number, block in enumerate(blocks, self._number + 1):
             after = (copies[block],) if block in copies else ()
-            add(operation_of((number, GPU, layer, block - base, slot_of[block], load[block], 0, after, False)))
+            add(operation_of((number, GPU, layer, block - base, slot_of[block], load[block], 0, after, False, False)))
         self._number += len(blocks)
 
     def fetch(self, blocks: list[int], verdict: Verdict) -> None:
@@ -114,6 +118,14 @@ class Draft:
         self._evict.admit(block)
         return tuple(self.operations)
 
+    def withdraw(self, operation: Operation) -> None:
+        """Gives back the slot of a prefetch that has not begun; what its copy had to wait for, the next one has to."""
+        block = operation.layer * self._experts + operation.expert
+        slot = self._cache.remove(block)
+        self._evict.forget(block)
+        if self._written_bytes and operation.after:
+            self._saved_by[slot] = operation.after[-1]
+
     def _swap(self, leaving: Sequence[int], arriving: Sequence[int]) -> dict[int, int]:
         """Residents that leave once they have been read: each gives its slot to one of ``arriving``."""
         reads = {self._base + one.expert: one.id for one in self.operations if one.op == GPU}
@@ -129,7 +141,8 @@ class Draft:
         for index, block in enumerate(streamed):
             slot = staging[index % len(staging)]
             self._number = number = self._number + 1
-            fields = (number, GPU, self._layer, block - self._base, slot, self._load[block], 0, (copies[block],), False)
+            tokens, after = self._load[block], (copies[block],)
+            fields = (number, GPU, self._layer, block - self._base, slot, tokens, 0, after, False, False)
             self.operations.append(operation_of(fields))
             self._evict.forget(block)
             if index + len(staging) < len(streamed):
@@ -150,7 +163,7 @@ class Draft:
         self._number = number = self._number + 1
         if slot in self._saved_by:
             after = (*after, self._saved_by.pop(slot))
-        fields = (number, COPY, self._layer, block - self._base, slot, 0, self._bytes, after, self._ahead)
+        fields = (number, COPY, self._layer, block - self._base, slot, 0, self._bytes, after, self._ahead, False)
         self.operations.append(operation_of(fields))
         if memory:
             memory.note(block, COPY, number)
@@ -163,7 +176,7 @@ class Draft:
             return arrival
         self._number = number = self._number + 1
         room = memory.admit(block, number)
-        fields = (number, READ, self._layer, block - self._base, -1, 0, self._bytes, room, self._ahead)
+        fields = (number, READ, self._layer, block - self._base, -1, 0, self._bytes, room, self._ahead, False)
         self.operations.append(operation_of(fields))
         return (number,)
 
@@ -175,7 +188,7 @@ class Draft:
             layer, expert = divmod(block, experts)
             slot = remove(block)
             room = self._saved(block, slot, number) if size_bytes else ()
-            add(operation_of((number, EVICT, layer, expert, slot, 0, size_bytes, room, False)))
+            add(operation_of((number, EVICT, layer, expert, slot, 0, size_bytes, room, False, False)))
             forget(block)
         self._number += len(blocks)
 

@@ -65,7 +65,8 @@ class Engine:
         self._closed = applies if closed_form is None else closed_form
         self._machine: Timeline | Queues = self._made()
         self._host = costs.host
-        self._lookahead_s = costs.lookahead_s(controller.system.lookahead_depth)
+        depth, layers = controller.system.lookahead_depth, controller.shape.layers
+        self._lookahead_s = [costs.lookahead_s(min(depth, layers - 1 - layer)) for layer in range(layers)]
 
     def _made(self) -> Timeline | Queues:
         system = self.controller.system
@@ -107,14 +108,14 @@ class Engine:
         machine, start_s, dispatch_s = self._machine, self._machine.now_s, self._host.layer_s
         self.controller.begin_step(step.index, new_batch=step.new_batch)
         tokens, lanes, on_cpu = len(step.rows), len(step.sequences), self.controller.layers_on_cpu
-        dense_s = self.costs.dense_s(tokens, step.context, lanes) + self._lookahead_s
+        dense_s = self.costs.dense_s(tokens, step.context, lanes)
         records: list[LayerRecord] = []
         for layer, routing in enumerate(routings):
             record = LayerRecord(step.index, layer)
             if on_cpu:
-                yield from self._placed("dense", record, step, dense_s)
+                yield from self._placed("dense", record, step, dense_s + self._lookahead_s[layer])
             else:
-                yield from machine.dense("dense", record, dispatch_s, dense_s)
+                yield from machine.dense("dense", record, dispatch_s, dense_s + self._lookahead_s[layer])
             before_s = records[-1].end_s if records else start_s
             waited_s = record.dense_s + record.transfer_s
             record.host_s = max(0.0, machine.now_s - waited_s - before_s)  # dispatch that nothing covered
@@ -148,7 +149,10 @@ class Engine:
         on_cpu = record.layer in self.controller.layers_on_cpu  # where the host reads the choice at once
         yield from machine.read_back(0.0 if on_cpu else host.readback_s)
         plan = record.plan = self.controller.plan_layer(record.layer, routing, predictions)
-        yield from machine.sleep(host.controller_s + host.operation_s * len(plan.operations))
+        record.python_s = host.controller_s + host.operation_s * len(plan.operations)
+        if plan.cpu_experts and not on_cpu:
+            record.python_s += host.cpu_s
+        yield from machine.sleep(record.python_s)
         record.end_s = machine.now_s
         record.host_s += record.end_s - start_s
         if self.log.events is not None:
@@ -160,6 +164,8 @@ class Engine:
     def _join(self, record: LayerRecord) -> Process:
         """The host itself waits for the layer, as it must where compute is not asynchronous."""
         join_s = self._host.join_s
+        if record.plan is not None and record.plan.cpu_experts:
+            join_s += self._host.cpu_join_s
         yield from self._machine.join()
         yield from self._machine.sleep(join_s)
         record.host_s += join_s

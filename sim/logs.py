@@ -14,11 +14,11 @@ from traces.workload import Step
 class LayerRecord:
     """One layer of one step: its plan, and the seconds that its resources were busy for it."""
 
-    __slots__ = ("cpu_s", "dense_s", "end_s", "gpu_s", "host_s", "layer", "plan", "step", "transfer_s")
+    __slots__ = ("cpu_s", "dense_s", "end_s", "gpu_s", "host_s", "layer", "plan", "python_s", "step", "transfer_s")
 
     def __init__(self, step: int, layer: int) -> None:
         self.step, self.layer = step, layer
-        self.dense_s = self.gpu_s = self.cpu_s = self.transfer_s = self.host_s = self.end_s = 0.0
+        self.dense_s = self.gpu_s = self.cpu_s = self.transfer_s = self.host_s = self.python_s = self.end_s = 0.0
         self.plan: LayerPlan | None = None
 
 
@@ -41,6 +41,15 @@ class RunLog:
         """Notes that ``operations`` are being submitted, in this order."""
         if self._submitted is not None:
             self._submitted.append((step, operations))
+
+    def withdrawn(self, operation: Operation) -> None:
+        """Forgets ``operation``, which was submitted not long ago and has been taken back."""
+        for place in reversed(range(len(self._submitted or ()))):
+            assert self._submitted is not None, "it is not empty"
+            step, operations = self._submitted[place]
+            if any(one.id == operation.id for one in operations):
+                self._submitted[place] = (step, [one for one in operations if one.id != operation.id])
+                return
 
     def event(self, resource: str, kind: str, record: LayerRecord, expert: int, start_s: float, end_s: float) -> None:
         """Notes a piece of work on a resource; ``expert`` is -1 for what is no expert's."""
@@ -113,4 +122,5 @@ def _layer_row(record: LayerRecord, phase: int, start_s: float) -> tuple[Any, ..
         record.transfer_s,
         host_s,
         stall_s if stall_s > 0.0 else 0.0,
+        record.python_s,
     )

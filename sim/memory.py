@@ -11,7 +11,8 @@ from sim.systems import Budget
 class MemoryPlan(BaseModel):
     """Bytes on the GPU, by purpose. The KV cache is that of ``lanes`` sequences of ``context`` tokens each.
 
-    Departure from a real program: what the framework itself takes, such as a CUDA context, is not counted.
+    The workspace, what a forward pass needs for a while, is counted for real runs alone. Departure from a real program:
+    what the framework itself takes, such as a CUDA context, is not counted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -20,17 +21,21 @@ class MemoryPlan(BaseModel):
     kv_bytes: int
     staging_bytes: int
     experts_bytes: int
+    workspace_bytes: int = 0
     lanes: int
     context: int
 
     @classmethod
-    def of(cls, model: ModelSpec, budget: Budget, *, scope: str, lanes: int, context: int) -> MemoryPlan:
+    def of(
+        cls, model: ModelSpec, budget: Budget, *, scope: str, lanes: int, context: int, workspace_bytes: int = 0
+    ) -> MemoryPlan:
         """The plan of a run of ``model`` under ``budget``."""
         return cls(
             dense_bytes=model.dense_bytes,
             kv_bytes=kv_bytes(model, lanes, context),
             staging_bytes=budget.staging * model.expert_bytes,
             experts_bytes=budget.total(model.moe_layers, scope) * model.expert_bytes,
+            workspace_bytes=workspace_bytes,
             lanes=lanes,
             context=context,
         )
@@ -38,18 +43,28 @@ class MemoryPlan(BaseModel):
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.dense_bytes + self.kv_bytes + self.staging_bytes + self.experts_bytes
+        return self.dense_bytes + self.kv_bytes + self.staging_bytes + self.experts_bytes + self.workspace_bytes
 
     def told(self) -> str:
-        """The plan in one line, in GB."""
+        """The plan in one line, in GB, or in MB where it is small."""
+        unit, scale = ("GB", 1e9) if self.total_bytes >= 1e9 else ("MB", 1e6)
         parts = {
             "dense": self.dense_bytes,
             f"KV of {self.lanes} x {self.context:,} tokens": self.kv_bytes,
             "staging": self.staging_bytes,
             "experts": self.experts_bytes,
+            **({"workspace": self.workspace_bytes} if self.workspace_bytes else {}),
         }
-        told = " + ".join(f"{size / 1e9:.2f} {name}" for name, size in parts.items())
-        return f"{self.total_bytes / 1e9:.2f} GB = {told}"
+        told = " + ".join(f"{_in_units(size, scale)} {name}" for name, size in parts.items())
+        return f"{self.total_bytes / scale:.2f} {unit} = {told}"
+
+
+def _in_units(size_bytes: int, scale: float) -> str:
+    """Bytes in units of ``scale``, or in smaller ones, named, where that would round to nothing."""
+    if size_bytes >= 0.01 * scale or not size_bytes:
+        return f"{size_bytes / scale:.2f}"
+    unit, scale = ("MB", 1e6) if size_bytes >= 1e4 else ("kB", 1e3)
+    return f"{size_bytes / scale:.2f} {unit}"
 
 
 def kv_bytes(model: ModelSpec, lanes: int, context: int) -> int:

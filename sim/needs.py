@@ -11,6 +11,8 @@ from traces.schema import Trace
 def check_needs(trace: Trace, system: SystemSpec, calibration: Calibration | None = None) -> None:
     """Raises :class:`InputError` unless ``trace`` and ``calibration`` give what the policies of ``system`` ask for."""
     check_calibration(system, calibration)
+    if "gates" in system.needs and trace.gates is None:
+        raise InputError(f"trace must have gates for defer {system.deferral} of {system.place}, got none")
     if "scores" in system.needs and trace.scores is None and trace.gates is None:
         raise InputError(
             f"trace must have the router's scores, or at least gates, for {system.needing('scores')}, got neither"
@@ -20,6 +22,22 @@ def check_needs(trace: Trace, system: SystemSpec, calibration: Calibration | Non
             f"trace must have look-ahead of depth {system.lookahead_depth} for prefetch {system.needing('lookahead')}, "
             f"got depth {trace.lookahead_depth}"
         )
+    if "residuals" in system.needs and not has_residuals(trace):
+        raise InputError(
+            f"trace must have look-ahead by the residual router for prefetch {system.needing('residuals')}, got the "
+            "plain one's (record it with --lookahead-router residual)"
+        )
+
+
+def has_residuals(trace: Trace) -> bool:
+    """Whether its look-ahead serves for that of a residual router: it is one's, or was made to a recall of its own."""
+    return trace.header.synthetic or trace.header.lookahead_router == "residual"
+
+
+def router_means(calibration: Calibration | None) -> str:
+    """The mean router inputs that a calibration trace was recorded with; empty for none."""
+    found: str = getattr(calibration, "router_means", "")
+    return found
 
 
 def check_calibration(system: SystemSpec, calibration: Calibration | None) -> None:
@@ -37,3 +55,8 @@ def check_causal(system: SystemSpec, calibration: Calibration | None = None) -> 
             f"policies must be causal to decode prompts, got {system.needing('future')} (replay a trace instead)"
         )
     check_calibration(system, calibration)
+    if "residuals" in system.needs and not router_means(calibration):
+        raise InputError(
+            f"calibration must be a trace recorded with --lookahead-router residual for {system.needing('residuals')}, "
+            f"got {'none' if calibration is None else 'another'}"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sim.constants import constant_of
+from sim.memory import MemoryPlan
 from sim.policies import PLACEMENT, PREFETCH
 from sim.presets import Preset, find_preset, preset_names
 from sim.results import RunResult
@@ -114,30 +116,49 @@ def system_of(
         )
     spec = _checked(fields)
     if option:
-        spec = _checked(spec.model_dump() | {"options": _options(spec, option)})
+        spec = _checked(spec.model_dump() | {"options": _options(spec, option), "name": _named(spec.name, option)})
     if spec.synchronous and spec.prefetch != "none":
         raise InputError(f"prefetch must be none with synchronous (demand only), got {spec.prefetch}")
-    uncalibrated = {field: value for field, value in base.uncalibrated.items() if field not in changes}
-    return base.model_copy(update={"system": spec, "uncalibrated": uncalibrated})
+    kept = {
+        name: {field: value for field, value in getattr(base, name).items() if field not in changes}
+        for name in ("uncalibrated", "without_residuals")
+    }
+    return base.model_copy(update={"system": spec, **kept})
 
 
-def chosen_systems(
-    system: str | None,
-    systems: str | None,
-    policy_file: Sequence[str],
-    option: Sequence[str],
-    own: Mapping[str, Any],
-) -> list[Preset]:
-    """The systems that are to run: the one that the options describe, or all that ``systems`` lists.
+def _named(name: str, option: Sequence[str]) -> str:
+    """The name of a published system with its constants changed; a system without a name tells them in its label."""
+    told = ", ".join(" ".join(part.strip() for part in text.split("=", 1)) for text in option)
+    return name and f"{name}{', ' if ' with ' in name else ' with '}{told}"
 
-    Raises :class:`InputError` for options that contradict each other.
-    """
-    if systems is None:
-        return [system_of(system, policy_file=policy_file, option=option, **own)]
-    for name, value in {"system": system, "policy-file": policy_file, "option": option, **own}.items():
-        if value:
-            raise InputError(f"{name} must not be given together with systems, got {value}")
-    return systems_of(systems)
+
+@dataclass(frozen=True)
+class SystemOptions:
+    """Which systems run: options that every command about systems takes."""
+
+    system: System = None
+    systems: Systems = None
+    evict: Evict = None
+    place: Place = None
+    prefetch: Prefetch = None
+    policy_file: PolicyFile = None
+    option: Option = None
+    scope: Scope = None
+    synchronous: Synchronous = False
+
+    def chosen(self) -> list[Preset]:
+        """The systems that are to run: the one that the options describe, or all that ``systems`` lists.
+
+        Raises :class:`InputError` for options that contradict each other.
+        """
+        own = {name: getattr(self, name) for name in ("evict", "place", "prefetch", "scope", "synchronous")}
+        files, constants = self.policy_file or (), self.option or ()
+        if self.systems is None:
+            return [system_of(self.system, policy_file=files, option=constants, **own)]
+        for name, value in {"system": self.system, "policy-file": files, "option": constants, **own}.items():
+            if value:
+                raise InputError(f"{name} must not be given together with systems, got {value}")
+        return systems_of(self.systems)
 
 
 def systems_of(names: str) -> list[Preset]:
@@ -198,18 +219,24 @@ def read_trace(name: str, field: str) -> Trace:
 
 OF_REQUESTS = frozenset({"throughput, idle time included", "time per output token of a request"})
 """Lines that say something of requests that wait for each other."""
-COUNTS = frozenset({"decode_tokens", "late_hits", "misses", "cpu_experts"})
+COUNTS = frozenset({"decode_tokens", "late_hits", "misses", "misses_fetched", "cpu_experts"})
 """Headline figures that are whole numbers."""
 
 
-def show_run(run: RunResult, *, as_json: bool, **extra: str) -> None:
-    """Prints the headline figures of a run, as a table or as one JSON object with ``extra`` added."""
-    figures = _figures(run)
+def show_run(run: RunResult, *, as_json: bool, to_stderr: bool = False, extra: Mapping[str, Any] | None = None) -> None:
+    """Prints the headline figures of a run, as a table or as one JSON object with ``extra`` added.
+
+    The table goes ``to_stderr`` where standard output has the run's own text.
+    """
+    figures, extra = _figures(run), extra or {}
     if as_json:
         typer.echo(json.dumps({**run.info.model_dump(), **figures, **extra}))
         return
     system = SystemSpec(**run.info.system)
-    table = Table(title=f"{run.info.model}, {system.label()}, {run.info.source}", box=None, show_header=False)
+    title = f"{run.info.model}, {system.label()}, {run.info.source}"
+    if run.info.synthetic:
+        title += ", on synthetic routing"
+    table = Table(title=title, box=None, show_header=False)
     one_at_a_time = run.info.workload.get("order") == "one-at-a-time"
     for label, value in _lines(figures):
         if not (one_at_a_time and label in OF_REQUESTS):
@@ -223,7 +250,7 @@ def show_run(run: RunResult, *, as_json: bool, **extra: str) -> None:
         table.add_row(label, value)
     for note in run.info.notes:
         table.add_row("note", note)
-    Console(highlight=False).print(table)
+    Console(highlight=False, stderr=to_stderr).print(table)
 
 
 def _figures(run: RunResult) -> dict[str, float | None]:
@@ -252,11 +279,19 @@ def show_runs(runs: Sequence[tuple[str, RunResult]], left_out: Mapping[str, str]
     console = Console(highlight=False)
     console.print(table)
     held = {name: f"{run.info.capacity_slots} slots, {run.info.capacity_bytes / 1e6:,.1f} MB" for name, run in runs}
-    equal = len(set(held.values())) == 1
-    told = [next(iter(held.values()))] if equal else [f"{name} {slots}" for name, slots in held.items()]
-    console.print(f"experts held{' by each' if equal else ''}: {'; '.join(told)}", soft_wrap=True)
+    console.print(f"experts held by each: {_by_each(held)}", soft_wrap=True)
+    planned = {name: MemoryPlan(**run.info.memory).told() for name, run in runs if run.info.memory}
+    if planned:
+        console.print(f"memory planned for each: {_by_each(planned)}", soft_wrap=True)
     for line in notes_of(runs):
         console.print(line, soft_wrap=True, markup=False)
+
+
+def _by_each(values: Mapping[str, str]) -> str:
+    """What most of the named ones have (the first of equals), and those that have something else."""
+    common, _ = Counter(values.values()).most_common(1)[0]
+    others = [f"; {name} {value}" for name, value in values.items() if value != common]
+    return f"{common}{''.join(others)}"
 
 
 def notes_of(runs: Sequence[tuple[str, RunResult]]) -> list[str]:
@@ -265,7 +300,11 @@ def notes_of(runs: Sequence[tuple[str, RunResult]]) -> list[str]:
     for name, run in runs:
         for note in run.info.notes:
             about.setdefault(note, []).append(name)
-    return [f"{', '.join(names)}: {note}" for note, names in about.items()]
+    return [f"{_all_or(names, len(runs))}: {note}" for note, names in about.items()]
+
+
+def _all_or(names: Sequence[str], count: int) -> str:
+    return "all" if len(names) == count > 1 else ", ".join(names)
 
 
 def _lines(figures: dict[str, float | None]) -> list[tuple[str, str]]:
@@ -284,7 +323,8 @@ def _lines(figures: dict[str, float | None]) -> list[tuple[str, str]]:
         ("time to first token, p50", shown("time_to_first_token_p50_s", "{:.2f} ms", 1e3)),
         ("hit ratio, by distinct expert", shown("hit_ratio_union", "{:.4f}")),
         ("late hits", shown("late_hits", "{:,.0f}")),
-        ("misses", shown("misses", "{:,.0f}") + shown("cpu_experts", ", of which {:,.0f} on the CPU")),
+        ("misses", shown("misses", "{:,.0f}") + shown("misses_fetched", ", of which {:,.0f} fetched")),
+        ("experts on the CPU, also resident ones", shown("cpu_experts", "{:,.0f}")),
         ("bytes fetched on demand, a token", shown("demand_bytes_per_token", "{:,.2f} MB", 1e-6)),
         ("share of time stalled", shown("stall_share", "{:.1%}")),
     ]

@@ -14,7 +14,10 @@ An eviction with bytes is a write-back: the slot's expert is copied to the host 
 
 
 class Operation(NamedTuple):
-    """One thing to do. ``after`` names earlier operations (by ``id``) that have to end before this one begins."""
+    """One thing to do. ``after`` names earlier operations (by ``id``) that have to end before this one begins.
+
+    What is ``deferred``, CPU experts alone, holds up the end of the next layer instead of that of its own.
+    """
 
     id: int
     op: str
@@ -25,6 +28,7 @@ class Operation(NamedTuple):
     bytes: int
     after: tuple[int, ...] = ()
     prefetch: bool = False
+    deferred: bool = False
 
 
 class LayerPlan(NamedTuple):

@@ -22,7 +22,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*(?:[ .][A-Za-z0-9_+-]+)*")
 class Preset(BaseModel):
     """A system, what it stands for, and what of its source it leaves out.
 
-    ``uncalibrated`` are the fields of the system that hold where no calibration trace is given.
+    ``uncalibrated`` are the fields of the system that hold where no calibration trace is given, ``without_residuals``
+    those where the look-ahead at hand is not corrected by mean residuals.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,21 +33,25 @@ class Preset(BaseModel):
     source: str = ""
     leaves_out: str = ""
     uncalibrated: dict[str, Any] = Field(default_factory=dict)
+    without_residuals: dict[str, Any] = Field(default_factory=dict)
     sim_only: bool = Field(default=False, description="it needs what no real model here can give")
-    bound: bool = Field(default=False, description="it knows the future: nothing that could be built")
+    clairvoyant: bool = Field(default=False, description="it knows the future: nothing that could be built")
     unlimited: bool = Field(default=False, description="it holds every expert, whatever the limit")
 
     @property
     def name(self) -> str:
         return self.system.name
 
-    def fitted(self, *, calibrated: bool) -> tuple[SystemSpec, list[str]]:
-        """The system as it runs with or without a calibration trace, and what has to be told of that."""
-        if calibrated or not self.uncalibrated:
-            return self.system, []
-        told = ", ".join(f"{field} {value}" for field, value in self.uncalibrated.items())
-        note = f"no calibration trace was given: {told} stands in"
-        return SystemSpec(**{**self.system.model_dump(), **self.uncalibrated}), [note]
+    def fitted(self, *, calibrated: bool, residuals: bool = True) -> tuple[SystemSpec, list[str]]:
+        """The system as it runs with what there is of a calibration trace and of residuals, and what has to be told."""
+        fields, notes = dict[str, Any](), list[str]()
+        if self.uncalibrated and not calibrated:
+            fields |= self.uncalibrated
+            notes.append(f"no calibration trace was given: {_told(self.uncalibrated)} stands in")
+        if self.without_residuals and not residuals:
+            fields |= self.without_residuals
+            notes.append(f"look-ahead has no mean residuals: {_told(self.without_residuals)} stands in")
+        return (SystemSpec(**{**self.system.model_dump(), **fields}) if fields else self.system), notes
 
     def budget(self, even: Budget, *, layers: int, experts: int, calibration: Any = None) -> Budget:
         """What it makes of ``even`` slots: all there are, a part of them, or another split over the layers.
@@ -98,6 +103,10 @@ def find_preset(name: str) -> Preset:
     return _built(str(fields.pop("name", path.stem)), fields, name)
 
 
+def _told(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{field} {value}" for field, value in fields.items())
+
+
 def _built(name: str, fields: dict[str, Any], origin: str) -> Preset:
     of_preset = Preset.model_fields.keys() - {"system"}
     own = {field: value for field, value in fields.items() if field in of_preset}
@@ -109,7 +118,7 @@ def _built(name: str, fields: dict[str, Any], origin: str) -> Preset:
         raise InputError(f"{origin}: name must be letters, digits, dots, blanks and dashes, got {name!r}")
     try:
         found = Preset(system=SystemSpec(name=name, **of_system), **own)
-        found.fitted(calibrated=False)
+        found.fitted(calibrated=False, residuals=False)
     except ValidationError as error:
         raise InputError(f"{origin}: {first_fault(error)}") from error
     return found

@@ -8,6 +8,7 @@ import numpy as np
 
 from sim.spec.model import ModelSpec
 from sim.spec.profile import Point, Profile
+from sim.systems import KINDS, SystemSpec
 from traces.errors import InputError
 
 IGNORED = ("name", "source", "layers", "moe_layers")
@@ -28,10 +29,22 @@ class ProfileCosts:
         """Raises :class:`InputError` when ``model`` has other dimensions than the profile was measured with."""
         if model is not None:
             _check_same(model, profile.model)
-        self.profile, self.host, self.chunk_bytes = profile, profile.host, 0
+        self.profile, self.host, self.chunk_bytes = profile, profile.host, profile.chunk_bytes
         self.name = f"profile {profile.name} {profile.digest[:12]}"
         self._outside: dict[str, tuple[int, int, int, int]] = {}
         self._factors = {(one.resource, frozenset(one.others)): one.factor for one in profile.slowdowns}
+
+    def for_run(self, system: SystemSpec, slots: int) -> ProfileCosts:
+        """The costs of one run: with the time that the policies of ``system`` take to decide, and with what is quicker
+        where the run has few ``slots``, staging included."""
+        profile, policies = self.profile, {(kind, getattr(system, kind)) for kind in KINDS}
+        deciding_s = sum(one.layer_s for one in profile.planning if (one.kind, one.policy) in policies)
+        host = profile.host.model_copy(update={"controller_s": profile.host.controller_s + deciding_s})
+        pool = profile.small_pool
+        quicker = {} if pool is None or slots > pool.slots else {"copies": pool.copies, "gpu_expert": pool.gpu_expert}
+        made = ProfileCosts(profile.model_copy(update={"host": host, **quicker}))
+        made.name = self.name
+        return made
 
     @cache  # noqa: B019 - a run keeps its one costs object alive anyway
     def dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
@@ -63,6 +76,10 @@ class ProfileCosts:
 
     @cache  # noqa: B019
     def copy_s(self, size_bytes: int) -> float:
+        """A part of the smallest copy that was measured, such as one of its chunks, takes its share of that."""
+        least = self.profile.copies[0]
+        if self.chunk_bytes and size_bytes < least.size:
+            return least.value_s * size_bytes / least.size
         return self._at("copy", self.profile.copies, size_bytes)
 
     def write_back_s(self, size_bytes: int) -> float:

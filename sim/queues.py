@@ -47,6 +47,7 @@ class Queues:
         self._waiting = False
         self._drained: Any = None
         self._arrived: list[Operation] = []
+        self._deferred: list[Job] = []  # CPU experts that the layer after their own waits for
         self._record = LayerRecord(0, 0)
 
     @property
@@ -60,15 +61,18 @@ class Queues:
             yield self.env.timeout(seconds)
 
     def read_back(self, seconds: float) -> Waits:
-        """The host reads the router's choice; the controller learns what has arrived by then."""
+        """The host reads the router's choice; the controller learns what has arrived by then, and what has not begun
+        is taken back."""
         yield from self.sleep(seconds)
         self._poll()
+        self._withdraw()
 
     def dense(self, kind: str, record: LayerRecord, dispatch_s: float, duration_s: float) -> Waits:
         """Dispatches a dense part, runs it on the GPU after all that was submitted, and waits for its end."""
         yield from self.sleep(dispatch_s)
         job = Job(kind, record, (duration_s,), counted=1)
-        job.after = tuple(job.operations[0].id for job in (*self.cpu.queue, self.cpu.job) if job is not None)
+        ahead = [job for job in (*self.cpu.queue, self.cpu.job) if job is not None and job.counted]
+        job.after = tuple(one.operations[0].id for one in ahead)
         self._unfinished += 1
         self.gpu.queue.append(job)
         self.gpu.advance()
@@ -93,6 +97,7 @@ class Queues:
     def execute(self, plan: LayerPlan, record: LayerRecord) -> Waits:
         """Submits a layer's operations; in synchronous mode, waits for each before the next."""
         self._record = record
+        self._collect(record)
         self._log.submitted(record.step, plan.operations)
         first = record.layer not in self._controller.layers_on_cpu
         if self._synchronous:
@@ -105,6 +110,14 @@ class Queues:
             first = first and operation.op != CPU
         self._advance()
         self._pull()
+
+    def _collect(self, record: LayerRecord) -> None:
+        """From now on the host waits for what the layer before deferred, as a part of this one."""
+        for job in self._deferred:
+            if job.operations[0].id in self.pending:
+                job.counted, job.ends_with = 1, record
+                self._unfinished += 1
+        self._deferred.clear()
 
     def finish(self) -> None:
         """Nothing to do: SimPy runs until the last event."""
@@ -122,7 +135,9 @@ class Queues:
             self.busy_changed()
         self._note(resource, job)
         if job.rest_s:
-            self.link.second.appendleft(Job(job.kind, job.record, (job.rest_s,), job.operations))
+            rest = Job(job.kind, job.record, (job.rest_s,), job.operations)
+            rest.begun = True
+            self.link.second.appendleft(rest)
         else:
             for operation in job.operations:
                 self.pending.discard(operation.id)
@@ -175,10 +190,8 @@ class Queues:
                 resource.advance()
 
     def _promote(self, operations: Iterable[Operation]) -> None:
-        """What these operations wait for need not stand back any longer, nor what that waits for in its turn."""
+        """What these operations wait for need not stand back any longer."""
         waited = {number for operation in operations for number in operation.after}
-        copies = (job for job in self.link.second if job.operations[0].id in waited)
-        waited |= {number for job in copies for number in job.after}
         self.link.promote(waited)
         self.disk.promote(waited)
 
@@ -189,8 +202,11 @@ class Queues:
             job = Job("expert", record, (costs.gpu_expert_s(operation.tokens),), (operation,), 1)
             self.gpu.queue.append(job)
         elif op == CPU:
-            job = Job("expert", record, (costs.cpu_expert_s(operation.tokens, first),), (operation,), 1)
+            counted = int(self._synchronous or not operation.deferred)
+            job = Job("expert", record, (costs.cpu_expert_s(operation.tokens, first),), (operation,), counted)
             self.cpu.queue.append(job)
+            if not counted:
+                self._deferred.append(job)
         elif operation.bytes:
             job = self._transfer(operation, record)
         else:
@@ -226,6 +242,14 @@ class Queues:
             self._controller.on_arrival(operation)
         self._arrived.clear()
 
+    def _withdraw(self) -> None:
+        for job in [job for job in reversed(self.link.second) if not job.begun]:  # slots go back as they were given
+            self.link.second.remove(job)
+            (operation,) = job.operations
+            self.pending.discard(operation.id)
+            self._log.withdrawn(operation)
+            self._controller.on_withdrawal(operation)
+
     def _pull(self) -> None:
         """Asks for prefetches while the link has room."""
         if not self._looks_ahead:
@@ -242,7 +266,8 @@ class Queues:
         record, end_s = job.record, self.env.now
         busy_s = end_s - resource.start_s
         if resource is self.gpu or resource is self.cpu:
-            record.end_s = end_s
+            if job.counted:
+                job.ends_with.end_s = end_s
             if not job.operations:
                 record.dense_s += busy_s
             elif resource is self.gpu:

@@ -21,10 +21,22 @@ class Job:
 
     ``parts_s`` splits ``duration_s`` over ``operations``; a job without operations names what it waits for in
     ``after``. ``counted`` is for how many pieces of work the host waits when it waits for all; ``rest_s`` is what is
-    left of a copy that yields at the end of a chunk.
+    left of a copy that yields at the end of a chunk, and has then ``begun``; ``ends_with`` is the layer that ends no
+    sooner than the job.
     """
 
-    __slots__ = ("after", "counted", "duration_s", "kind", "operations", "parts_s", "record", "rest_s")
+    __slots__ = (
+        "after",
+        "begun",
+        "counted",
+        "duration_s",
+        "ends_with",
+        "kind",
+        "operations",
+        "parts_s",
+        "record",
+        "rest_s",
+    )
 
     def __init__(
         self,
@@ -35,9 +47,10 @@ class Job:
         counted: int = 0,
     ) -> None:
         self.kind, self.record, self.operations, self.parts_s = kind, record, operations, parts_s
+        self.ends_with = record
         self.duration_s = parts_s[0] if len(parts_s) == 1 else sum(parts_s)
         self.after: tuple[int, ...] = operations[0].after if operations else ()
-        self.counted, self.rest_s = counted, 0.0
+        self.counted, self.rest_s, self.begun = counted, 0.0, False
 
 
 class Resource:

@@ -22,7 +22,7 @@ from traces.errors import InputError
 from traces.paths import fault_of_target
 from traces.schema import Phase
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 DECODE = int(Phase.DECODE)
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -48,6 +48,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "transfer_s",
         "host_s",
         "stall_s",
+        "python_s",
     ),
     "events": ("resource", "kind", "step", "layer", "expert", "start_s", "end_s"),
     "operations": ("n", "step", "layer", "op", "expert", "slot", "tokens", "bytes"),
@@ -76,7 +77,9 @@ class RunInfo(BaseModel):
     workload: dict[str, Any]
     costs: str = ""
     memory: dict[str, int] = {}
+    peak: dict[str, int] = {}
     prefetched_bytes: int = 0
+    layers_on_cpu: list[int] = []
     synthetic: bool = False
     software: dict[str, str] = {}
     notes: list[str] = []
@@ -128,11 +131,17 @@ class RunResult:
             "hit_ratio_assignments": counts["hits_assignments"] / counts["assignments"] if tokens else None,
             "late_hits": counts["late_hits"],
             "misses": counts["misses"],
+            "misses_fetched": self._experts_of(counts["bytes"]),
             "cpu_experts": counts["cpu_experts"],
             "demand_bytes_per_token": counts["bytes"] / tokens if tokens else None,
             "stall_share": counts["stall_s"] / steps_s if tokens else None,
         }
         return {name: None if pd.isna(value) else float(value) for name, value in figures.items()}
+
+    def _experts_of(self, size_bytes: float) -> float | None:
+        """How many experts so many bytes are; None for a result that does not say how large one is."""
+        info = self.info
+        return round(size_bytes * info.capacity_slots / info.capacity_bytes) if info.capacity_bytes else None
 
     def _by_request(self) -> dict[str, float | None]:
         """What the requests saw, waiting for a lane and for other requests' passes included.
@@ -157,8 +166,13 @@ class RunResult:
     @classmethod
     def load(cls, folder: Path) -> RunResult:
         """Reads what :meth:`save` wrote; raises :class:`ResultError` naming the file that is missing or wrong."""
-        info = _read(folder / "run.json", _read_info)
-        return cls(info=info, **{name: _read(folder / f"{name}.parquet", _read_table) for name in COLUMNS})
+        tables = {name: _read(folder / f"{name}.parquet", _read_table) for name in COLUMNS}
+        return cls(info=cls.load_info(folder), **tables)
+
+    @staticmethod
+    def load_info(folder: Path) -> RunInfo:
+        """The header alone of what :meth:`save` wrote; raises as :meth:`load`."""
+        return _read(folder / "run.json", _read_info)
 
 
 Content = TypeVar("Content")
@@ -241,7 +255,7 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         draft.mkdir(parents=True)
         write(draft)
-        with _signals_held():
+        with signals_held():
             if exists:
                 old.mkdir(exist_ok=True)
                 _move_into(draft, folder, old)
@@ -270,7 +284,7 @@ def _move_into(draft: Path, folder: Path, old: Path) -> None:
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
+def signals_held() -> Iterator[None]:
     """Lets an interrupt, or a request to end, wait until the block is over.
 
     Handlers are replaced instead of blocking the signals of this thread: with other threads around, the system hands

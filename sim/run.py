@@ -15,12 +15,13 @@ from sim.costs import Costs
 from sim.engine import Engine, Predictions
 from sim.needs import check_needs
 from sim.policies.base import Calibration
+from sim.profile import ProfileCosts
 from sim.results import RunInfo, RunResult
 from sim.systems import Budget, SystemSpec
 from traces.batching import InOrder, Requests, known_order
 from traces.errors import InputError
 from traces.schema import NOT_ROUTED, Phase, Trace
-from traces.workload import Routing, Step, Workload, next_uses, router_scores, routings
+from traces.workload import Routing, Step, Workload, best_ranks, next_uses, router_scores, routings
 
 
 def build_controller(
@@ -75,11 +76,18 @@ def predictions_of(trace: Trace, depth: int) -> Callable[[Step], Predictions]:
     return of_step
 
 
-def routings_of(trace: Trace, *, scored: bool = False) -> Callable[[Step], list[Routing]]:
-    """For a step: the routing of every layer, as :func:`traces.workload.routings` gives it, with scores if asked for.
+def routings_of(trace: Trace, *, scored: bool = False, ranked: bool = False) -> Callable[[Step], list[Routing]]:
+    """For a step: the routing of every layer, as :func:`traces.workload.routings` gives it, with scores or ranks if
+    asked for.
 
     Decode tokens, which are most of a run, are sorted together beforehand for steps that are one of them alone.
     """
+    if ranked:
+        unranked = routings_of(trace, scored=scored)
+        return lambda step: [
+            routing._replace(ranks=tuple(ranks[[*routing.experts]].tolist()))
+            for routing, ranks in zip(unranked(step), best_ranks(trace, step.rows), strict=True)
+        ]
     if scored:
         return lambda step: [
             routing._replace(scores=router_scores(trace, step.rows, layer))
@@ -99,7 +107,7 @@ def routings_of(trace: Trace, *, scored: bool = False) -> Callable[[Step], list[
         index = place_of[step.rows[0]] if len(step.rows) == 1 else -1
         if index < 0:
             return routings(trace, step)
-        return [routing_of((tuple(experts), ones, width, None)) for experts in chosen[index].tolist()]
+        return [routing_of((tuple(experts), ones, width, None, None)) for experts in chosen[index].tolist()]
 
     return of_step
 
@@ -133,9 +141,12 @@ def simulate(
     Without ``events`` and ``operations`` these two long tables stay empty, which is quicker: for sweeps.
     """
     controller = build_controller(plan, system, budget, costs, calibration, seed=seed)
+    if isinstance(costs, ProfileCosts):
+        slots = budget.total(controller.shape.layers, system.scope) + budget.staging
+        costs = costs.for_run(system, slots)  # after the controller: what policies weigh is the same on both clocks
     engine = Engine(controller, costs, events=events, operations=operations)
     predictions = predictions_of(plan.trace, system.lookahead_depth)
-    routing = routings_of(plan.trace, scored="scores" in system.needs)
+    routing = routings_of(plan.trace, scored="scores" in system.needs, ranked="gates" in system.needs)
     if isinstance(plan, Requests):
         lanes = plan.scheduler()
         engine.run(lanes, routing, predictions, progress)
@@ -170,6 +181,7 @@ def run_info(
             "trace_digest": workload.trace.digest,
             "workload": workload.describe(),
             "prefetched_bytes": controller.prefetched * controller.shape.expert_bytes,
+            "layers_on_cpu": sorted(controller.layers_on_cpu),
             "synthetic": header.synthetic,
             "software": {name: version(name) for name in packages},
             "notes": _notes(controller, workload.trace),
@@ -185,6 +197,11 @@ def _notes(controller: OffloadController, trace: Trace) -> list[str]:
         notes.append(f"one device alone was quicker than the schedule of {system.place} in {layers}, and was used")
     if system.place == "static" and not controller.preloaded and system.prefetch == "none":
         notes.append("static: nothing is loaded beforehand and nothing is ever copied, so that the CPU computes it all")
+    if system.deferral:
+        notes.append(
+            f"deferral changes the model's outputs: of a token's experts on the CPU, those among its {system.deferral} "
+            "lowest gates join the next layer's"
+        )
     if "scores" in system.needs and trace.scores is None:
         notes.append(f"{system.needing('scores')} was given the gates of the chosen experts: the trace has no scores")
     return notes

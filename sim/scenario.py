@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from sim.card import check_limit
+from sim.card import notes_on as notes_on_card
 from sim.costs import Costs, RooflineCosts, TableCosts
 from sim.memory import MemoryPlan
-from sim.needs import check_needs
+from sim.needs import check_needs, has_residuals
 from sim.policies.base import Calibration
 from sim.presets import Preset
 from sim.profile import ProfileCosts
@@ -77,14 +79,28 @@ class Scenario(BaseModel):
         plan, lanes, longest = plan_of(recorded, model, self._batch_spec())
         context = self._context(longest)
         calibration = self._calibration(plan.trace)
-        system, notes = self.system.fitted(calibrated=calibration is not None)
+        system, notes = self.system.fitted(calibrated=calibration is not None, residuals=has_residuals(plan.trace))
         budget = self._budget(model, system, lanes, context, calibration)
         hardware, costs = self._costs(model)
         check_needs(plan.trace, system, calibration)
         if "future" in system.needs:
             known_order(plan, system.needing("future"))
         memory = MemoryPlan.of(model, budget, scope=system.scope, lanes=lanes, context=context)
-        return Prepared(plan, model, system, budget, hardware, costs, calibration, memory, changed + notes, self.seed)
+        arrivals = plan.arrivals if isinstance(plan, Requests) else None
+        notes = [*changed, *(arrivals.notes if arrivals else ()), *self._notes_on_room(memory, costs), *notes]
+        return Prepared(plan, model, system, budget, hardware, costs, calibration, memory, notes, self.seed)
+
+    def _notes_on_room(self, memory: MemoryPlan, costs: Costs) -> list[str]:
+        """What has to be told of the memory that the run takes; a profile does not say what its machine has.
+
+        Raises :class:`InputError` for a limit that the machine's GPU cannot keep.
+        """
+        notes = ["every expert is held, whatever the limit"] if self.system.unlimited else []
+        if not isinstance(costs, RooflineCosts):
+            return notes
+        if self.gpu_memory is not None:
+            check_limit(self.gpu_memory, costs.hardware.gpu)
+        return [*notes, *notes_on_card(memory, costs.hardware.gpu)]
 
     def _batch_spec(self) -> BatchSpec:
         return BatchSpec.of(

@@ -95,6 +95,8 @@ class SystemSpec(BaseModel):
             )
         if self.slots_by_layer != "even" and self.scope != "layer":
             raise InputError(f"scope must be layer with slots_by_layer {self.slots_by_layer}, got {self.scope}")
+        if self.deferral and self.dense_follows:
+            raise InputError(f"defer must be 0 with dense_follows, got {self.deferral}")
         if self.holds != "cache" and self.scope != "global":
             raise InputError(f"scope must be global where a system holds {self.holds}, got {self.scope}")
         return self
@@ -137,6 +139,7 @@ class SystemSpec(BaseModel):
         of_policies = frozenset[str]().union(*(self.policy(kind).needs for kind in KINDS))
         if self.starts_with:
             of_policies |= _policy("evict", self.starts_with).needs
+        of_policies |= {"gates"} if self.deferral else set()
         return of_policies | ({"calibration"} if self.slots_by_layer == "miss-costs" else set())
 
     def needing(self, need: str) -> str:
@@ -145,6 +148,12 @@ class SystemSpec(BaseModel):
             (getattr(self, kind) for kind in KINDS if need in self.policy(kind).needs),
             self.starts_with or f"slots_by_layer {self.slots_by_layer}",
         )
+
+    @property
+    def deferral(self) -> int:
+        """Experts of a token, those with the lowest gates, that may join the next layer's output; 0: none."""
+        deferred: int = self.policy("place").defers(self.options_of("place"))
+        return deferred
 
     @property
     def lookahead_depth(self) -> int:
@@ -158,7 +167,9 @@ class SystemSpec(BaseModel):
             return self.name
         ahead = [] if self.synchronous or self.prefetch == "none" else [self.prefetch]
         parts = [self.evict, self.place, *ahead]
-        return " + ".join(part.rpartition(":")[2] for part in parts)
+        constants = [f"{kind}.{name} {value}" for kind, own in self.options.items() for name, value in own.items()]
+        told = f" with {', '.join(constants)}" if constants else ""
+        return " + ".join(part.rpartition(":")[2] for part in parts) + told
 
 
 def loads_beforehand(evict: str) -> bool:

@@ -66,12 +66,20 @@ def retarget(trace: Trace, spec: ModelSpec) -> Trace:
 
 
 def budget_of(
-    spec: ModelSpec, *, lanes: int, context: int, cache: str | None, gpu_memory: str | None, scope: str
+    spec: ModelSpec,
+    *,
+    lanes: int,
+    context: int,
+    cache: str | None,
+    gpu_memory: str | None,
+    scope: str,
+    workspace_bytes: int = 0,
 ) -> Budget:
     """The slots of a run: from ``cache`` (such as 25% or 8), or what fits ``gpu_memory`` (such as 8GiB).
 
     The memory also holds the weights outside the experts, the KV cache of ``lanes`` sequences of ``context`` tokens,
-    and the staging slots. Raises :class:`InputError` when both are given, or nothing fits.
+    the staging slots, and ``workspace_bytes``. One pool for all layers gets as many slots as the layers' own would be,
+    so that systems of either kind compare. Raises :class:`InputError` when both are given, or nothing fits.
     """
     if cache is not None and gpu_memory is not None:
         raise InputError(f"cache must not be given together with gpu-memory, got {cache} and {gpu_memory}")
@@ -79,14 +87,16 @@ def budget_of(
         return parse_capacity(
             "25%" if cache is None else cache, layers=spec.moe_layers, experts=spec.experts, scope=scope
         )
-    return budget_for_memory(
+    found = budget_for_memory(
         parse_bytes(gpu_memory, "gpu-memory"),
         layers=spec.moe_layers,
         experts=spec.experts,
         expert_bytes=spec.expert_bytes,
-        outside_bytes=spec.dense_bytes + lanes * context * spec.kv_bytes_per_token,
+        outside_bytes=spec.dense_bytes + lanes * context * spec.kv_bytes_per_token + workspace_bytes,
         scope=scope,
     )
+    rest = found.slots % spec.moe_layers if scope == "global" and found.slots > spec.moe_layers else 0
+    return found.model_copy(update={"slots": found.slots - rest})
 
 
 def plan_of(trace: Trace, spec: ModelSpec, batching: BatchSpec) -> tuple[Workload | Requests, int, int]:

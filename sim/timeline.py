@@ -49,6 +49,8 @@ class Timeline:
         self._controller, self._costs, self._log = engine.controller, engine.costs, engine.log
         self._synchronous = engine.controller.system.synchronous
         self._computed_s = self._copied_s = 0.0
+        self._cpu_free_s = 0.0  # when the CPU has ended what was submitted, deferred experts included
+        self._deferred_s = 0.0  # when those have ended that the next layer waits for
         self._aside_s = {READ: 0.0, EVICT: 0.0}  # when the disk, and the way back to the host, are free
         self._ends: dict[int, float] = {}
         costs = engine.costs
@@ -114,14 +116,16 @@ class Timeline:
         """Nothing to do: every time is known when its work is submitted."""
 
     def _overlapped(self, operations: list[Operation], record: LayerRecord) -> None:
-        """Submits without waiting. GPU and CPU are free, for the dense part has waited for both."""
-        gpu_s = cpu_s = now_s = self.now_s
+        """Submits without waiting. The GPU is free, for the dense part has waited for it, and so is the CPU but for
+        experts that were deferred."""
+        gpu_s = now_s = self.now_s
+        cpu_s, owed_s, deferred_s = max(now_s, self._cpu_free_s), self._deferred_s, 0.0
         link_s = max(now_s, self._copied_s)
         gpu_busy_s = link_busy_s = 0.0
         gpu_expert_s, copy_s, keep_events = self._gpu_expert_s, self._copy_s, self._log.events is not None
         first = True
         ends = self._still_open(now_s) if self._ends else {}
-        for number, op, layer, expert, _, tokens, size_bytes, after, _ in operations:
+        for number, op, layer, expert, _, tokens, size_bytes, after, _, deferred in operations:
             if op == GPU:
                 for copy in after:
                     if gpu_s < ends[copy]:
@@ -143,6 +147,10 @@ class Timeline:
                 seconds, start_s, first = self._costs.cpu_expert_s(tokens, handed), cpu_s, False
                 record.cpu_s += seconds
                 ends[number] = cpu_s = start_s + seconds
+                if deferred:
+                    deferred_s = self._ends[number] = cpu_s
+                else:
+                    owed_s = cpu_s
             elif size_bytes:
                 moved = LayerRecord(record.step, layer) if op == EVICT else record
                 self._beside(op, number, expert, size_bytes, after, moved, ends)
@@ -154,7 +162,8 @@ class Timeline:
         record.gpu_s = gpu_busy_s
         record.transfer_s += link_busy_s
         self._copied_s = link_s
-        self._computed_s = record.end_s = max(gpu_s, cpu_s)
+        self._cpu_free_s, self._deferred_s = cpu_s, deferred_s
+        self._computed_s = record.end_s = max(gpu_s, owed_s)
 
     def _beside(
         self,
@@ -182,7 +191,7 @@ class Timeline:
     def _one_by_one(self, operations: list[Operation], record: LayerRecord) -> None:
         """Waits for each operation before the next."""
         first = record.layer not in self._controller.layers_on_cpu
-        for _, op, layer, expert, _, tokens, size_bytes, _, _ in operations:
+        for _, op, layer, expert, _, tokens, size_bytes, *_ in operations:
             told = record
             if op == GPU:
                 seconds = self._gpu_expert_s[tokens]
@@ -200,4 +209,4 @@ class Timeline:
             start_s = self.now_s
             self.now_s = start_s + seconds
             self._log.event(*EVENT_NAMES[op], told, expert, start_s, self.now_s)
-        self._copied_s = self._computed_s = record.end_s = self.now_s
+        self._copied_s = self._computed_s = self._cpu_free_s = record.end_s = self.now_s

@@ -15,12 +15,17 @@ SECONDS, MOMENT = "arrival_s", "TIMESTAMP"
 """Columns of a recording: seconds since the run begins, or dates with times of day, of which the first is 0 s."""
 
 
+LENGTHS = ("ContextTokens", "GeneratedTokens")
+"""Columns of the Azure LLM inference traces that no run uses."""
+
+
 @dataclass(frozen=True, eq=False)
 class Arrivals:
     """Times of arrival in order. Raises :class:`InputError` unless they are finite, at least 0, and do not decrease."""
 
     times_s: Array  # float64 [requests], seconds since the run began
     source: str  # as a record of a run names it
+    left_aside: tuple[str, ...] = ()  # columns of a recording that say how long requests are
 
     def __post_init__(self) -> None:
         times_s = self.times_s
@@ -47,10 +52,11 @@ class Arrivals:
         """The first ``count`` times of a CSV file; all of them where no count is given.
 
         Used is the column ``arrival_s``, in seconds, or else ``TIMESTAMP``, the date and time of the Azure LLM
-        inference traces. Their numbers of tokens are left aside: a sequence of the routing trace has its own. Raises
-        :class:`InputError`, with the row, for a file that is not like that, and when it has fewer times.
+        inference traces. Their numbers of tokens are left aside, which ``notes`` tell: a sequence of the routing trace
+        has its own. Raises :class:`InputError`, with the row, for a file that is not like that, and when it has fewer
+        times.
         """
-        column, words = _column(path, count)
+        column, words, left_aside = _column(path, count)
         seconds = pd.to_numeric(words, errors="coerce") if column == SECONDS else _since_first(words)
         wrong = ~np.isfinite(seconds) | (seconds < 0) | (np.diff(seconds, prepend=0.0) < 0)
         if wrong.any():
@@ -62,7 +68,15 @@ class Arrivals:
             )
         if len(words) < (1 if count is None else count):
             raise InputError(f"{path} must have a time for each of {count or 1} requests, got {len(words)}")
-        return cls(seconds.to_numpy(np.float64), path.name)
+        return cls(seconds.to_numpy(np.float64), path.name, left_aside)
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be told of a run with these arrivals."""
+        if not self.left_aside:
+            return []
+        others = " and ".join(self.left_aside)
+        return [f"of {self.source} the times alone are used, not {others}: requests are as long as the trace has them"]
 
     def at_rate(self, rate_per_s: float) -> Arrivals:
         """The same pattern, faster or slower, so that from the first to the last ``rate_per_s`` arrive on average.
@@ -75,8 +89,9 @@ class Arrivals:
         return replace(self, times_s=self.times_s * ((len(self.times_s) - 1) / span_s / rate_per_s))
 
 
-def _column(path: Path, count: int | None) -> tuple[str, pd.Series[str]]:
-    """The name of the column with the times, and its cells as they stand in the file."""
+def _column(path: Path, count: int | None) -> tuple[str, pd.Series[str], tuple[str, ...]]:
+    """The name of the column with the times, its cells as they stand in the file, and which of :data:`LENGTHS` it
+    has."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, nrows=count, encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
@@ -84,7 +99,7 @@ def _column(path: Path, count: int | None) -> tuple[str, pd.Series[str]]:
         raise InputError(f"arrivals must be poisson or a CSV file with times, got {path}: {reason}") from error
     for name in (SECONDS, MOMENT):
         if name in table:
-            return name, table[name]
+            return name, table[name], tuple(length for length in LENGTHS if length in table)
     raise InputError(f"{path} must have a column {SECONDS} or {MOMENT}, got {', '.join(map(str, table.columns))}")
 
 

@@ -177,6 +177,7 @@ def _overview(record: dict[str, Any]) -> Table:
         "sequences": f"{record['sequences']:,}",
         "domains": ", ".join(dict.fromkeys(header["domains"])),
         "arrays": ", ".join(f"{name} {shape}" for name, shape in record["arrays"].items()),
+        "look-ahead by": "the residual router" if header["lookahead_router"] == "residual" else "",
         "digest": record["digest"],
     }
     table = Table(box=None, show_header=False, pad_edge=False)

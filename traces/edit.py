@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from traces.errors import InputError, unknown_name
+from traces.router_means import packed
 from traces.schema import NOT_ROUTED, Array, Phase, Trace, TraceError, TraceHeader
 
 NO_DOMAIN = "unknown"
@@ -139,6 +140,7 @@ def _taken(trace: Trace, rows: Array, layers: Array, how: str) -> Trace:
             "expert_bytes": tuple(old.expert_bytes[layer] for layer in layers),
             "domains": tuple(old.domains[sequence] for sequence in ids) if old.domains else (),
             "prompts_digest": old.prompts_digest if whole else "",
+            "router_means": "" if old.means is None else packed(old.means[layers]),
             "made_by": f"{how} of {trace.digest}" + (f" ({old.made_by})" if old.made_by else ""),
         }
     )
@@ -251,8 +253,20 @@ def _common_header(traces: Sequence[Trace], notes: list[str]) -> TraceHeader:
         "software": _merged([header.software for header in headers]),
         "prompts_digest": prompts.pop() if len(prompts) == 1 else "",
         "made_by": f"concat of {', '.join(trace.digest for trace in traces)}",
+        **_common_router(headers, notes),
     }
     return headers[0].model_copy(update=update)
+
+
+def _common_router(headers: Sequence[TraceHeader], notes: list[str]) -> dict[str, str]:
+    """What is told of the look-ahead: the plain router where it is not the same in all."""
+    fields = ("lookahead_router", "router_means")
+    told: dict[str, str] = {field: getattr(headers[0], field) for field in fields}
+    if all(getattr(header, field) == told[field] for header in headers for field in fields):
+        return told
+    routers = {header.lookahead_router for header in headers}
+    notes.append("look-ahead was corrected by other means of the routers, or not in all: these are left out")
+    return {"lookahead_router": "plain" if "plain" in routers else "residual", "router_means": ""}
 
 
 def _common_domains(traces: Sequence[Trace], notes: list[str]) -> tuple[str, ...]:

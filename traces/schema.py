@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from traces.errors import InputError
 from traces.limits import MOST_EXPERT_BYTES
+from traces.router_means import unpacked
 
 SCHEMA_VERSION = 1
 NOT_ROUTED = 65535
@@ -66,6 +67,12 @@ class TraceHeader(BaseModel):
     prompts_digest: str = ""
     software: dict[str, str] = Field(default_factory=dict)
     licence: str = ""
+    lookahead_router: Literal["plain", "residual"] = Field(
+        default="plain", description="what the later routers read: the layer's own input, or that plus mean residuals"
+    )
+    router_means: str = Field(
+        default="", description="with residual: the mean input of each router on other prompts, float16 in base64"
+    )
 
     @classmethod
     def of(cls, values: Any) -> TraceHeader:
@@ -83,6 +90,11 @@ class TraceHeader(BaseModel):
         """Whether the bytes of the experts are known: a recording that does not tell them counts each expert as 1."""
         return {*self.expert_bytes} != {1}
 
+    @property
+    def means(self) -> Array | None:
+        """The mean input of each router, float32 [L, H], by which look-ahead was corrected; None where not told."""
+        return unpacked(self.router_means, self.layers) if self.router_means else None
+
     @model_validator(mode="after")
     def _consistent(self) -> TraceHeader:
         if self.schema_version != SCHEMA_VERSION:
@@ -91,6 +103,8 @@ class TraceHeader(BaseModel):
             raise ValueError(f"top_k must be at most experts ({self.experts}), got {self.top_k}")
         if len(self.expert_bytes) != self.layers:
             raise ValueError(f"expert_bytes must have one entry a layer ({self.layers}), got {len(self.expert_bytes)}")
+        if self.router_means:
+            unpacked(self.router_means, self.layers)
         return self
 
 

@@ -52,10 +52,24 @@ def _write_whole(tensors: dict[str, Array], metadata: dict[str, str], target: Pa
         draft.touch()
         mode = draft.stat().st_mode  # the library writes files that only their owner may read
         save_file(tensors, draft, metadata=metadata)
+        _order_metadata(draft)
         draft.chmod(mode)
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _order_metadata(path: Path) -> None:
+    """Puts the entries of the metadata in the order of their names, in place: the library's order is left to chance,
+    and a trace that is made again should have the same bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        layout = json.loads(file.read(length))
+        layout["__metadata__"] = dict(sorted(layout["__metadata__"].items()))
+        text = json.dumps(layout, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # both write JSON in the shortest form; the library fills up with blanks
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def check_target(path: Path, *, force: bool) -> None:

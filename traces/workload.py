@@ -144,6 +144,7 @@ class Routing(NamedTuple):
     counts: tuple[int, ...]  # tokens of each of them, in the same order
     assignments: int  # pairs of token and expert
     scores: Any = None  # float64 [n, E], the router's softmax, where a policy asks for it
+    ranks: tuple[int, ...] | None = None  # of each, the best place by gate that a token gives it; where asked for
 
 
 def router_scores(trace: Trace, rows: Array, layer: int) -> Array:
@@ -156,6 +157,23 @@ def router_scores(trace: Trace, rows: Array, layer: int) -> Array:
         ids = np.minimum(trace.expert_ids[rows, layer], trace.header.experts)
         np.put_along_axis(scores, ids.astype(np.int64), trace.gates[rows, layer], axis=1)
     return scores[:, :-1]
+
+
+def best_ranks(trace: Trace, rows: Array) -> Array:
+    """For every layer and expert the best place among a token's experts, by gate, in ``rows``: int64 [L, E].
+
+    0 is the highest gate; of equal gates the lower expert comes first. K where no token was sent. Raises ValueError for
+    a trace without gates.
+    """
+    if trace.gates is None:
+        raise ValueError("gates must be there to rank experts, got none")
+    ids = np.asarray(trace.expert_ids[rows]).astype(np.int64)  # [n, L, K]
+    gates = np.where(ids == NOT_ROUTED, -1.0, np.asarray(trace.gates[rows], dtype=np.float64))
+    places = np.argsort(np.lexsort((ids, -gates), axis=-1), axis=-1)
+    layers, width = trace.header.layers, trace.header.experts + 1
+    best = np.full((layers, width), trace.header.top_k)
+    np.minimum.at(best, (np.arange(layers)[:, None], np.minimum(ids, width - 1)), places)
+    return best[:, :-1]
 
 
 def routings(trace: Trace, step: Step) -> list[Routing]:

@@ -48,7 +48,7 @@ def build(policy: S3Fifo) -> S3FifoState:
     """Empty rings."""
     context = policy.context
     blocks, pools = context.blocks, 1 if context.shared else context.layers
-    pool: Any = policy.new_pool()
+    pool: Any = policy.new_pool(policy.context)
     return S3FifoState(
         before=nodes(blocks, 3 * pools),
         after=nodes(blocks, 3 * pools),

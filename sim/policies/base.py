@@ -34,13 +34,17 @@ class Calibration(Protocol):
     def events(self) -> Iterator[tuple[int, Sequence[int]]]:
         """Every event in order: its number, and the distinct blocks that it used."""
 
+    def requests(self) -> Iterator[Any]:
+        """Of every request (or batch of them) in order: the tokens of each expert, int64 [layers, experts]."""
+
 
 @dataclass(frozen=True)
 class PolicyContext:
     """What a policy is told once, before the run.
 
     ``capacity`` is what one pool holds, in the unit of ``weights``: slots (every weight is 1) or bytes. A pool is a
-    layer's, or the whole cache when ``shared``. ``seed`` is for what a policy draws at random.
+    layer's, or the whole cache when ``shared``; ``by_layer`` tells each layer's where they differ, and ``capacity`` is
+    then their mean. ``seed`` is for what a policy draws at random.
     """
 
     layers: int
@@ -53,6 +57,11 @@ class PolicyContext:
     shared: bool = False
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    by_layer: Sequence[int] = ()
+
+    def capacity_of(self, layer: int) -> int:
+        """What the pool of a layer holds."""
+        return self.by_layer[layer] if self.by_layer else self.capacity
 
     @property
     def blocks(self) -> int:
@@ -208,6 +217,12 @@ class PlacementPolicy(Policy, ABC):
     """False: the policy sends nothing to the CPU, and is not asked."""
     takes_hits: ClassVar[bool] = False
     """True: the policy may send resident experts to the CPU, and is asked where nothing is missing, too."""
+
+    @classmethod
+    def defers(cls, options: Mapping[str, Any]) -> int:
+        """How many of a token's experts, those with the lowest gates, may join the next layer's output where the CPU
+        computes them. That changes what the model computes."""
+        return 0
 
     @abstractmethod
     def place(self, view: LayerView) -> Assignment:

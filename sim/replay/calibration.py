@@ -32,6 +32,11 @@ class TraceCalibration:
             check_disjoint(trace, judged)
         return cls(Feed.of(trace, batch))
 
+    @property
+    def router_means(self) -> str:
+        """The mean router inputs that were recorded with it, as in a header; empty for none."""
+        return self.feed.trace.header.router_means
+
     def uses(self) -> Sequence[int]:
         """By block: the events in which it was used."""
         return self._uses
@@ -48,6 +53,16 @@ class TraceCalibration:
             used = (codes % blocks).tolist()
             for first, last in pairwise(bounds):
                 yield int(event[first]), used[first:last]
+
+    def requests(self) -> Iterator[Array]:
+        """Of every batch in order: the tokens that went to each expert, int64 [L, E]."""
+        header, plan = self.feed.trace.header, self.feed.plan
+        layers, width = header.layers, header.experts + 1
+        begins = [*np.flatnonzero(np.diff(plan.group, prepend=-1)).tolist(), len(plan)]
+        for first, last in pairwise(begins):
+            ids = self.feed.trace.expert_ids[plan.rows[plan.offsets[first] : plan.offsets[last]]]
+            places = np.minimum(ids, width - 1).astype(np.int64) + (np.arange(layers) * width)[:, None]
+            yield np.bincount(places.ravel(), minlength=layers * width).reshape(layers, width)[:, :-1]
 
     @cached_property
     def _uses(self) -> list[int]:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from sim.spec.faults import CatalogueError, first_fault, read_toml
 from sim.spec.hardware import HardwareSpec
@@ -23,6 +23,7 @@ __all__ = [
     "CatalogueError",
     "find_hardware",
     "find_model",
+    "find_parts",
     "first_fault",
     "hardware",
     "hardware_names",
@@ -83,6 +84,11 @@ def part_names(kind: str) -> list[str]:
     if kind not in PART_KINDS:
         raise unknown_name("part", kind, PART_KINDS)
     return list(_table("hardware.toml")[kind])
+
+
+def find_parts(name: str) -> dict[str, BaseModel]:
+    """The catalogue's parts of that name, by kind: mostly one, or none."""
+    return {kind: _part(kind, name, Path()) for kind in PART_KINDS if name in part_names(kind)}
 
 
 def find_hardware(name: str) -> HardwareSpec:

@@ -26,16 +26,33 @@ class ComputeTable:
     """Seconds that the experts of one layer take together, all of them resident on the GPU.
 
     ``columns[activated]`` holds the numbers of tokens, ascending, and their seconds: not every number of experts can be
-    activated by any number of tokens, so that columns differ in length.
+    activated by any number of tokens, so that columns differ in length. ``model`` is empty where the file does not say.
     """
 
     name: str
     columns: Mapping[int, tuple[tuple[int, ...], tuple[float, ...]]]
+    model: str = ""
 
     @property
     def most_tokens(self) -> int:
         """The largest batch that was measured, with however many experts."""
         return max(tokens[-1] for tokens, _ in self.columns.values())
+
+    def doubts(self, model: str, activated: int) -> list[str]:
+        """What is doubtful about layers of ``model`` that activate so many experts, one sentence each."""
+        found = []
+        if not self.model:
+            found.append(f"{self.name} does not say of which model it is (column model): it is taken for {model}")
+        elif self.model.lower() != model.lower():
+            found.append(f"{self.name} was measured on {self.model}, and is taken for {model}")
+        first, last = min(self.columns), max(self.columns)
+        if not first <= activated <= last:
+            known = f"{first}" if first == last else f"{first} to {last}"
+            found.append(
+                f"{self.name} was asked for {activated} activated experts, measured for {known}: times are taken in "
+                "proportion"
+            )
+        return found
 
     def layer_s(self, tokens: float, activated: float) -> float:
         """Seconds of a layer in which ``tokens`` tokens activate ``activated`` experts.
@@ -55,7 +72,7 @@ class ComputeTable:
         return math.exp(np.interp(math.log(inside), np.log(sizes), np.log(seconds))) * max(1.0, tokens / sizes[-1])
 
     @classmethod
-    def of(cls, name: str, rows: Iterable[Row]) -> ComputeTable:
+    def of(cls, name: str, rows: Iterable[Row], model: str = "") -> ComputeTable:
         """From rows of tokens, activated experts and seconds; raises :class:`InputError` for a pair given twice."""
         found: dict[int, dict[int, float]] = {}
         for tokens, activated, seconds in rows:
@@ -66,14 +83,15 @@ class ComputeTable:
         if not found:
             raise InputError(f"{name}: compute table must have rows, got none")
         columns = {activated: sorted(column.items()) for activated, column in sorted(found.items())}
-        return cls(name, {key: (tuple(n for n, _ in one), tuple(s for _, s in one)) for key, one in columns.items()})
+        sorted_columns = {key: (tuple(n for n, _ in one), tuple(s for _, s in one)) for key, one in columns.items()}
+        return cls(name, sorted_columns, model)
 
     @classmethod
     def load(cls, path: Path) -> ComputeTable:
         """Reads CSV with a header, or JSON as a list of objects when the name ends in ``.json``.
 
-        The columns are ``tokens``, ``activated_experts`` and one of :data:`TIMES`; others are passed over. Raises
-        :class:`InputError` naming the file, the row and what was expected.
+        The columns are ``tokens``, ``activated_experts`` and one of :data:`TIMES`, and ``model`` if it is the same in
+        all rows; others are passed over. Raises :class:`InputError` naming the file, the row and what was expected.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -82,7 +100,10 @@ class ComputeTable:
         except UnicodeDecodeError as error:
             raise InputError(f"compute-table must be text in UTF-8, got {path} ({error.reason})") from error
         records = _json_records(path, text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
-        return cls.of(str(path), _rows(path, records))
+        models = {str(record.get("model") or "").strip() for record in records}
+        if len(models) > 1:
+            raise InputError(f"{path}: model must be the same in all rows, got {', '.join(sorted(models))}")
+        return cls.of(str(path), _rows(path, records), *models)
 
 
 def _json_records(path: Path, text: str) -> list[dict[str, Any]]:

@@ -111,6 +111,8 @@ class HostSpec(_Part):
     controller_s: Seconds = Field(default=30e-6, description="deciding one layer")
     operation_s: Seconds = Field(default=8e-6, description="submitting one operation")
     join_s: Seconds = Field(default=0.0, description="waking up when a layer's work has ended")
+    cpu_s: Seconds = Field(default=0.0, description="deciding and submitting more where a layer has CPU experts")
+    cpu_join_s: Seconds = Field(default=0.0, description="waking up later where a layer has CPU experts")
     joins_layers: bool = Field(default=False, description="the host waits for each layer's end, as a CPU device does")
 
 

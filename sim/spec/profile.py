@@ -64,6 +64,22 @@ class Slowdown(_Table):
     factor: float = Field(ge=1.0)
 
 
+class Planning(_Table):
+    """Seconds a layer that the host takes to decide with one policy, beyond the plainest of its kind."""
+
+    kind: str
+    policy: str
+    layer_s: NonNegativeFloat
+
+
+class Pool(_Table):
+    """Copies and GPU experts where a run has no more than ``slots``: so few may stay in a processor's cache."""
+
+    slots: PositiveInt
+    copies: tuple[Point, ...] = Field(min_length=1)
+    gpu_expert: tuple[Point, ...] = Field(min_length=1)
+
+
 class Profile(_Table):
     """One machine, one model's dimensions, one device. Times are seconds."""
 
@@ -81,7 +97,10 @@ class Profile(_Table):
     dense: tuple[DensePoint, ...] = Field(min_length=1)
     head: tuple[Point, ...] = Field(min_length=1)
     lookahead_s: NonNegativeFloat
+    chunk_bytes: NonNegativeInt = Field(default=0, description="a demand overtakes a prefetch between two; 0: whole")
+    small_pool: Pool | None = Field(default=None, description="what is quicker in a run of few slots")
     slowdowns: tuple[Slowdown, ...] = ()
+    planning: tuple[Planning, ...] = Field(default=(), description="none for a policy: it counts as the plainest")
     notes: tuple[str, ...] = Field(default=(), description="what is doubtful about these numbers")
     token_s: NonNegativeFloat = Field(description="mean measured seconds of a decode token in the calibration runs")
 
@@ -106,7 +125,7 @@ class Profile(_Table):
         draft = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(tomli_w.dumps(self.model_dump(mode="json")), encoding="utf-8")
+            draft.write_text(tomli_w.dumps(self.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
             draft.replace(path)
         except OSError as error:
             raise InputError(f"out must be a file that can be written, got {path} ({error.strerror})") from error

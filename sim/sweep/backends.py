@@ -19,6 +19,9 @@ BACKENDS = ("processes", "dask")
 PATIENCE_S = 5
 """How long a scheduler may take to answer."""
 
+SILENCE_S, WORKERS_S = 3, 60
+"""How long a scheduler may be without workers until that is told, and until it is given up."""
+
 REFUSALS = (OSError, ValueError, TypeError, ImportError)
 """What an address may raise: nobody there, no address, one that needs keys, or a transport that is not installed."""
 
@@ -26,15 +29,20 @@ LOST = "were lost; those that ended are kept, and --resume goes on from there"
 
 
 @contextmanager
-def backend_of(name: str, *, jobs: int, scheduler: str | None = None) -> Iterator[Backend]:
+def backend_of(
+    name: str, *, jobs: int, scheduler: str | None = None, tell: Callable[[str], object] = lambda text: None
+) -> Iterator[Backend]:
     """The backend of that name with ``jobs`` processes, or with those of the Dask ``scheduler`` at an address.
 
-    Raises :class:`InputError` for an unknown name, a scheduler without Dask, and one that does not answer.
+    What takes time is told. Raises :class:`InputError` for an unknown name, a scheduler without Dask, and one that does
+    not answer, or gets no worker.
     """
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
     if name == "dask":
         with _client(jobs, scheduler) as client:
+            if scheduler is not None:
+                _wait_for_workers(client, scheduler, tell)
             yield lambda tasks: _on_dask(client, tasks)
         return
     if scheduler is not None:
@@ -99,6 +107,17 @@ def _client(jobs: int, scheduler: str | None) -> Any:
             raise InputError(f"scheduler must be one that answers within {PATIENCE_S} s, got {scheduler}") from error
         raise
     return client
+
+
+def _wait_for_workers(client: Any, scheduler: str, tell: Callable[[str], object]) -> None:
+    """Returns as soon as there is one."""
+    for patience_s in (SILENCE_S, WORKERS_S - SILENCE_S):
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=patience_s)
+            return
+        if patience_s == SILENCE_S:
+            tell(f"the scheduler at {scheduler} has no workers yet: waiting for one, {WORKERS_S} s at most")
+    raise InputError(f"scheduler must have a worker within {WORKERS_S} s, got none at {scheduler}")
 
 
 @contextmanager

@@ -88,6 +88,9 @@ class _Nothing:
     def events(self) -> Iterable[tuple[int, list[int]]]:
         return iter(())
 
+    def requests(self) -> Iterable[Any]:
+        return iter(())
+
     def next_use(self, block: int, event: int) -> int:
         return event + 1
 

@@ -23,7 +23,7 @@ PACKAGES = ("numpy", "pandas", "simpy")
 NOT_RUN = ("cli*.py", "options.py", "presets.toml")
 """Files of ``sim`` and ``traces`` that no run depends on: the command line, and presets, which are read beforehand."""
 
-WORDS = {"summary", "source", "leaves_out", "sim_only", "bound"}
+WORDS = {"summary", "source", "leaves_out", "sim_only", "clairvoyant"}
 """Fields of a preset that say what it is, and not what it does; so does the name of its system."""
 
 

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
+from sim.busy import busy_s
+from sim.groups import decode_by_group
 from sim.results import RunResult
 from sim.scenario import Prepared, Scenario, alongside
 from sim.sweep.keys import key_of
@@ -23,12 +25,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task. ``refused`` is for good: its scenario cannot run; ``failed`` is worth another try."""
+    """What became of a task. ``refused`` is for good: its scenario cannot run; ``failed`` is worth another try.
+
+    Decode seconds and tokens of the groups of :mod:`sim.groups` tell how sure a difference to another point is.
+    """
 
     key: str
     status: Literal["ok", "refused", "failed"]
     reason: str = ""
     figures: dict[str, float | None] = field(default_factory=dict)
+    decode_s_by_group: list[float] | None = None
+    decode_tokens_by_group: list[int] | None = None
     notes: str = ""
     synthetic: bool = False
     seconds: float = 0.0
@@ -51,8 +58,8 @@ def run_point(task: Task) -> Outcome:
     except Exception as error:
         return Outcome(task.key, "failed", _told(error), seconds=perf_counter() - begun_s)
     figures = figures_of(run, prepared)
-    notes = "; ".join(run.info.notes)
-    return Outcome(task.key, "ok", "", figures, notes, run.info.synthetic, perf_counter() - begun_s)
+    by_group, notes = decode_by_group(run), "; ".join(run.info.notes)
+    return Outcome(task.key, "ok", "", figures, *by_group, notes, run.info.synthetic, perf_counter() - begun_s)
 
 
 class _OtherContentError(Exception):
@@ -64,9 +71,9 @@ class _OtherContentError(Exception):
 
 def prepared_of(scenario: Scenario) -> Prepared:
     """What a point runs. ``cache`` counts slots a layer for every system, so that all have the same bytes for experts:
-    one pool for all layers gets those of the layers together.
+    one pool for all layers gets those of the layers together, as under a limit of memory it does anyway.
     """
-    if scenario.system.system.scope == "global":
+    if scenario.system.system.scope == "global" and scenario.gpu_memory is None:
         (scenario,) = alongside(scenario, [scenario.system])
     return scenario.prepare()
 
@@ -79,13 +86,8 @@ def figures_of(run: RunResult, prepared: Prepared) -> dict[str, float | None]:
     layers, tokens = run.layers, run.tokens
     steps = tokens[~tokens.step.duplicated()]
     span_s = float(steps.end_s.max() - steps.start_s.min())
-    ahead = run.info.system["prefetch"] != "none" and not run.info.system["synchronous"]
-    busy_s = {
-        "gpu": float(layers.dense_s.sum() + layers.gpu_experts_s.sum() + steps.head_s.sum()),
-        "cpu": float(layers.cpu_experts_s.sum()),
-        "link": None if ahead else float(layers.transfer_s.sum()),
-    }
-    shares = {f"{name}_busy_share": None if s is None or span_s <= 0 else s / span_s for name, s in busy_s.items()}
+    worked_s = busy_s(run, layers, float(steps.head_s.sum()))
+    shares = {f"{name}_busy_share": None if s is None or span_s <= 0 else s / span_s for name, s in worked_s.items()}
     copied_bytes = float(layers.bytes.sum() + run.info.prefetched_bytes)
     sizes = {
         "copied_bytes_per_processed_token": copied_bytes / float(tokens.tokens.sum()) if len(tokens) else None,

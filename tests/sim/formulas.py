@@ -49,6 +49,9 @@ class Counted:
     def events(self) -> Iterator[tuple[int, Sequence[int]]]:
         return iter(())
 
+    def requests(self) -> Iterator[Any]:
+        return iter(())
+
 
 @cache
 def shipped(name: str) -> Trace:

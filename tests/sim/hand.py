@@ -126,7 +126,8 @@ def run(
     controller = build_controller(workload, spec, budget, costs)
     engine = Engine(controller, costs, closed_form=closed)
     predictions = predictions_of(workload.trace, spec.lookahead_depth)
-    engine.run(workload.steps, routings_of(workload.trace, scored="scores" in spec.needs), predictions)
+    routing = routings_of(workload.trace, scored="scores" in spec.needs, ranked="gates" in spec.needs)
+    engine.run(workload.steps, routing, predictions)
     info = run_info("simulated", workload, controller, hardware="by hand", packages=("numpy", "simpy"))
     return engine.log.result(info.model_copy(update={"costs": costs.name, "notes": costs.notes}))
 
@@ -135,8 +136,8 @@ def gpu(number: int, expert: int, *after: int, layer: int = 0, tokens: int = 1) 
     return Operation(number, GPU, layer, expert, expert, tokens, 0, after)
 
 
-def cpu(number: int, expert: int, *after: int, layer: int = 0) -> Operation:
-    return Operation(number, CPU, layer, expert, -1, 1, 0, after)
+def cpu(number: int, expert: int, *after: int, layer: int = 0, deferred: bool = False) -> Operation:
+    return Operation(number, CPU, layer, expert, -1, 1, 0, after, False, deferred)
 
 
 def copy(number: int, expert: int, *after: int, layer: int = 0, size: int = EXPERT_BYTES) -> Operation:
@@ -174,6 +175,7 @@ class Script:
         self.reads_disk = any(one.op == READ for operations in layers for one in operations)
         self.layers_on_cpu = frozenset(on_cpu)
         self.arrived: list[int] = []
+        self.withdrawn: list[int] = []
         self._layers, self._transfers = layers, {count: [*wanted] for count, wanted in (transfers or {}).items()}
         self._planned = 0
 
@@ -194,6 +196,9 @@ class Script:
 
     def on_arrival(self, operation: Operation) -> None:
         self.arrived.append(operation.id)
+
+    def on_withdrawal(self, operation: Operation) -> None:
+        self.withdrawn.append(operation.id)
 
 
 Row = tuple[str, str, int, int]
@@ -235,7 +240,8 @@ def misses_by_step(result: RunResult) -> list[list[int]]:
 
 @st.composite
 def workloads(draw: st.DrawFn, *, batch: int | None = None, most_k: int = 4, prompts: bool = True) -> Workload:
-    """Small random workloads: prompts and new tokens of a few sequences, some places not routed, scores, look-ahead."""
+    """Small random workloads: prompts and new tokens of a few sequences, some places not routed, with gates, scores and
+    look-ahead."""
     layers, experts = draw(st.integers(1, 3)), draw(st.integers(2, 6))
     top_k = draw(st.integers(1, min(most_k, experts)))
     sequences = draw(st.integers(1, 3))
@@ -248,12 +254,18 @@ def workloads(draw: st.DrawFn, *, batch: int | None = None, most_k: int = 4, pro
     ahead = np.arange(layers)[:, None] + np.arange(DEPTH) + 1
     guesses[:, ahead >= layers] = NOT_ROUTED
     header = TraceHeader(
-        model="random", layers=layers, experts=experts, top_k=top_k, expert_bytes=(EXPERT_BYTES,) * layers
+        model="random",
+        layers=layers,
+        experts=experts,
+        top_k=top_k,
+        expert_bytes=(EXPERT_BYTES,) * layers,
+        lookahead_router="residual",
     )
     position = np.tile(np.arange(prompt + new), sequences)
     trace = Trace.of(
         header,
         expert_ids=ids,
+        gates=rng.random(ids.shape).round(1),
         lookahead=guesses,
         scores=rng.dirichlet(np.ones(experts), (rows, layers)),
         token_ids=np.zeros(rows),

@@ -125,7 +125,34 @@ def test_a_gpu_expert_is_its_share_of_a_layer_and_the_rest_is_the_roofline(table
     assert measured.name == "roofline mixtral-8x7b on rtx4090-pcie4, GPU experts from by hand"
 
 
-def test_what_is_asked_beyond_the_table_is_noted(table: ComputeTable) -> None:
+def notes_of(table: ComputeTable, model: str) -> list[str]:
+    return TableCosts(catalogue.model(model), catalogue.hardware("rtx4090-pcie4"), table).notes
+
+
+def test_a_table_of_another_model_or_of_nobody_knows_which_is_noted(tmp_path: Path) -> None:
+    assert notes_of(ComputeTable.of("by hand", ROWS), "mixtral-8x7b") == [
+        "by hand does not say of which model it is (column model): it is taken for mixtral-8x7b"
+    ]
+    header, *rows = CSV.splitlines()
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join([f"{header},model", *(f"{row},Mixtral-8x7B" for row in rows)]))
+    assert notes_of(ComputeTable.load(path), "mixtral-8x7b") == []
+    assert notes_of(ComputeTable.load(path), "qwen3-30b-a3b") == [
+        f"{path} was measured on Mixtral-8x7B, and is taken for qwen3-30b-a3b"
+    ]
+    path.write_text("\n".join([f"{header},model", *(f"{row},{place}" for place, row in enumerate(rows))]))
+    with pytest.raises(InputError, match=r"t\.csv: model must be the same in all rows, got 0, 1, 2, 3"):
+        ComputeTable.load(path)
+
+
+def test_experts_outside_the_columns_are_noted() -> None:
+    table = ComputeTable.of("by hand", ROWS, "switch-base-8")
+    (note,) = notes_of(table, "switch-base-8")
+    assert note == "by hand was asked for 1 activated experts, measured for 2 to 8: times are taken in proportion"
+
+
+def test_what_is_asked_beyond_the_table_is_noted() -> None:
+    table = ComputeTable.of("by hand", ROWS, "mixtral-8x7b")
     costs = TableCosts(catalogue.model("mixtral-8x7b"), catalogue.hardware("rtx4090-pcie4"), table)
     costs.gpu_expert_s(8)
     assert costs.notes == []

@@ -129,7 +129,7 @@ def test_what_is_of_no_kind_is_told_in_one_line(write: Callable[[str], None], te
         (
             "prefetch",
             "my.py:Lucky",
-            "need nothing but scores, future, calibration, lookahead, got 'luck' in my.py:Lucky",
+            "need nothing but scores, future, calibration, lookahead, residuals, got 'luck' in my.py:Lucky",
         ),
         (
             "prefetch",

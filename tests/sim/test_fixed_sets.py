@@ -76,3 +76,30 @@ def test_what_room_is_left_is_open_to_the_first_who_fits() -> None:
 def test_they_need_no_calibration(name: str) -> None:
     assert EVICTION[name].needs == frozenset()
     assert EVICTION["static"].needs == {"calibration"}
+
+
+@pytest.mark.parametrize("name", ["static-uniform", "static-front"])
+def test_each_layer_gets_the_room_that_is_its_own(name: str) -> None:
+    rooms = (2, 0, 5, 1, 4)
+    context = PolicyContext(LAYERS, EXPERTS, 2, capacity=2, weights=(1,) * LAYERS, by_layer=rooms)
+    assert by_layer([*EVICTION[name](context).preload()]) == [*rooms]
+
+
+@pytest.mark.parametrize("name", ["arc", "s3fifo"])
+def test_a_procedure_knows_the_room_of_its_layer(name: str) -> None:
+    own = EVICTION[name](PolicyContext(2, EXPERTS, 2, capacity=6, weights=(1, 1), by_layer=(10, 2)))
+    alone = [EVICTION[name](PolicyContext(2, EXPERTS, 2, capacity=room, weights=(1, 1))) for room in (10, 2)]
+    for layer, other in enumerate(alone):
+        blocks = [layer * EXPERTS + expert for expert in (0, 1, 2, 0, 3, 1, 4, 0, 2, 5)]
+        for policy in (own, other):
+            held: set[int] = set()
+            for event, block in enumerate(blocks):
+                policy.observe(event * 2 + layer, [block], [1])
+                if block not in held:
+                    if len(held) == (10, 2)[layer]:
+                        leaver = policy.order(held, [0] * 2 * EXPERTS)[0]
+                        policy.forget(leaver)
+                        held.discard(leaver)
+                    policy.admit(block)
+                    held.add(block)
+        assert own.order(held, [0] * 2 * EXPERTS) == other.order(held, [0] * 2 * EXPERTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 from sim.policies import PREFETCH, PolicyContext, PrefetchPolicy, PrefetchView
 from sim.policies.base import NEVER
+from sim.presets import preset
+from sim.replay.calibration import TraceCalibration
 from tests.sim.hand import HandCosts, host, misses_by_step, run, trace_of
 
 LAYERS, EXPERTS = 4, 4
@@ -58,6 +61,16 @@ def test_impact_discounts_a_gain_by_the_distance_in_layers() -> None:
     assert impact(view) == [block(1, 1), block(2, 2)]
     assert impact(view, most=1) == [block(1, 1)]
     assert impact(view, most=9) == [block(1, 1), block(2, 2), block(2, 3)]
+
+
+def test_the_discount_of_a_gain_can_be_chosen() -> None:
+    """Layer 1 gains 2; layer 2 gains 3, which is 1.5 at a distance of 2, and 0.75 if that counts twice."""
+    view = view_of(0, {1: 2}, {2: 3}, makespan_s=lambda here, missing: float(sum(missing)), router_s=10.0)
+    assert [impact(view, most=1, **own) for own in ({}, {"discount": 0.0})] == [[block(1, 1)], [block(2, 2)]]
+    nearer = view_of(0, {1: 1}, {2: 3}, makespan_s=lambda here, missing: float(sum(missing)), router_s=10.0)
+    assert [impact(nearer, most=1, **own) for own in ({}, {"discount": 2.0})] == [[block(2, 2)], [block(1, 1)]]
+    with pytest.raises(ValueError, match=r"discount must be from 0 to 8, got -1\.0"):
+        impact(view, discount=-1.0)
 
 
 def test_impact_takes_from_a_gain_the_delay_of_what_is_demanded() -> None:
@@ -255,6 +268,21 @@ def test_eam_keeps_so_many_matrices_and_replaces_the_oldest(library: int, predic
     assert [*policy.candidates(view_of(0))] == [block(1, predicted)]
 
 
+def test_eam_begins_with_the_requests_of_the_calibration_trace() -> None:
+    """Three requests in batches of two; what is not routed counts nowhere."""
+    trace = trace_of([[[0], [1]], [[0, 2], [1, 3]], [[], [2]]])
+    trace = replace(trace, sequence=np.array([0, 1, 2], np.int32), position=np.zeros(3, np.int32))
+    past = TraceCalibration.of(trace, None, 2)
+    assert [matrix.tolist() for matrix in past.requests()] == [
+        [[2, 0, 1, 0], [0, 2, 0, 1]],
+        [[0, 0, 0, 0], [0, 0, 1, 0]],
+    ]
+    policy = PREFETCH["eam"](PolicyContext(2, 4, 2, calibration=past, options={"most": 2}))
+    policy.begin_sequence()
+    policy.observe(0, [0], [1])
+    assert [*policy.candidates(view_of(0))] == [block(1, 1), block(1, 3)]
+
+
 # whole-next-layer, popularity
 
 
@@ -310,6 +338,14 @@ def test_the_oracle_wants_the_next_layers_in_their_order() -> None:
 def test_the_oracle_sees_one_pass_at_most() -> None:
     policy = policy_of("oracle", future=FUTURE, horizon=99)
     assert [*policy.candidates(view_of(0))] == [5, 6, 9, 15, 1]
+
+
+def test_an_oracle_that_does_not_cross_ends_with_the_pass() -> None:
+    policy = policy_of("oracle", future=FUTURE, horizon=2, crosses=False)
+    assert [*policy.candidates(view_of(1))] == [9, 15]
+    assert [*policy.candidates(view_of(2))] == [15]
+    assert [*policy.candidates(view_of(3))] == []
+    assert preset("pre-gated").system.options_of("prefetch")["crosses"] is False
 
 
 def test_a_late_oracle_knows_in_the_layer_before() -> None:

@@ -264,7 +264,7 @@ def damage(folder: Path, kind: str) -> None:
         ("no table", "layers.parquet"),
         ("truncated table", "layers.parquet"),
         ("other columns", "layers.parquet"),
-        ("other version", "result_version must be 1"),
+        ("other version", "result_version must be 2"),
     ],
 )
 def test_a_folder_that_is_no_result_is_refused_by_name(

@@ -70,6 +70,50 @@ def test_systems_side_by_side_get_the_same_bytes(trace: str) -> None:
         assert plans[0] == plans[1]
 
 
+CARD = {"hardware": "rtx3090+xeon6330+pcie4-x16"}
+"""A machine whose GPU has 24 GB by its data sheet."""
+
+
+def notes(trace: str, **fields: object) -> list[str]:
+    return scenario(trace, **CARD, **fields).prepare().notes
+
+
+def test_a_limit_beyond_the_card_is_refused_unless_its_gigabytes_may_be_meant(trace: str) -> None:
+    with pytest.raises(
+        InputError,
+        match=r"^gpu-memory must fit rtx3090, which has 24\.0 GB \(another number: gpu\.memory_gb of hardware-set\), "
+        r"got 25GiB, 2\.8 GB too much$",
+    ):
+        notes(trace, gpu_memory="25GiB")
+    assert notes(trace, gpu_memory="25GiB", hardware_set={"gpu_memory_gb": 32.0}) == []
+    assert notes(trace, gpu_memory="24GiB", context=16384) == []  # all experts of this model, and less than 24 GB
+
+
+def test_a_plan_beyond_the_card_is_noted_as_a_what_if(trace: str) -> None:
+    large = {"model_set": {"expert_bits": 64.0}}
+    small, sizes = notes(trace, cache="25%", **large), scenario(trace, cache="75%", **large).prepare().memory
+    assert small == []
+    (note,) = notes(trace, cache="75%", **large)
+    told = "are planned on the GPU, and rtx3090 has 24.0 GB"
+    assert note == f"what-if: {sizes.total_bytes / 1e9:.1f} GB {told}, {sizes.total_bytes / 1e9 - 24:.1f} GB too few"
+    assert scenario(trace, cache="75%", **CARD, **large).prepare().run(events=False).info.notes == [note]
+    (near,) = notes(trace, gpu_memory="24GiB", **large)
+    assert near.endswith(f"GB {told}: it fits only if the data sheet's GB are GiB")
+
+
+def test_who_holds_every_expert_says_so(trace: str) -> None:
+    assert notes(trace, system=preset("all-resident")) == ["every expert is held, whatever the limit"]
+
+
+def test_one_pool_gets_what_the_layers_own_slots_would_be(trace: str) -> None:
+    by_layer, one_pool = (Preset(system=SystemSpec(scope=scope)) for scope in ("layer", "global"))
+    for limit in ("6GiB", "7GB"):
+        own, pool = (scenario(trace, gpu_memory=limit, system=one).prepare() for one in (by_layer, one_pool))
+        assert pool.budget.slots == 16 * own.budget.slots
+    few = scenario(trace, gpu_memory="1100MB", system=one_pool).prepare()
+    assert few.budget.slots < 16, "less than one a layer: as many as there are"
+
+
 def test_what_a_policy_needs_is_asked_for_before_the_run(trace: str) -> None:
     with pytest.raises(InputError, match="trace must have look-ahead of depth 1 for prefetch next-router, got depth 0"):
         scenario(trace, system=preset("mixtral-offloading")).prepare()

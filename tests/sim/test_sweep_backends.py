@@ -89,6 +89,21 @@ def test_a_scheduler_that_is_there_is_used_and_left_running(tmp_path: Path) -> N
             assert set(table.status) == {"ok"}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_scheduler_without_workers_is_told_and_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed", reason="needs the extra moetwin[cluster]")
+    monkeypatch.setattr(backends, "SILENCE_S", 0.1)
+    monkeypatch.setattr(backends, "WORKERS_S", 0.3)
+    wanted, told = grid(tmp_path, {"seed": [1]}), list[str]()
+    with distributed.LocalCluster(n_workers=0, dashboard_address=":0", processes=False) as cluster:
+        address = cluster.scheduler_address
+        with pytest.raises(InputError, match=f"scheduler must have a worker within 0.3 s, got none at {address}"):
+            Seen().sweep(wanted, tmp_path / "out", name="dask", scheduler=address, tell=told.append)
+    assert told == [f"the scheduler at {address} has no workers yet: waiting for one, 0.3 s at most"]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x", "127.0.0.1:99999"])
 def test_a_scheduler_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:

@@ -81,6 +81,16 @@ def test_busy_shares_are_of_the_events(tmp_path: Path) -> None:
         assert share == pytest.approx(took[name], rel=0.02), name
 
 
+def test_a_dense_part_keeps_the_device_busy_that_its_layer_ran_on(tmp_path: Path) -> None:
+    wanted = grid(tmp_path, {"seed": [1]}, system="layer-split")
+    table = Seen().sweep(wanted, tmp_path / "out")
+    run = prepared_of(_scenario(wanted, 0)).run()
+    assert run.info.layers_on_cpu == [2, 3, 4, 5, 6, 7]
+    took = (run.events.end_s - run.events.start_s).groupby(run.events.resource).sum() / run.events.end_s.max()
+    for name in ("gpu", "cpu"):
+        assert table[f"{name}_busy_share"][0] == pytest.approx(took[name], rel=0.05), name
+
+
 def test_the_link_is_of_unknown_share_where_copies_run_ahead(tmp_path: Path) -> None:
     """Their times are in no table of layers: what those alone tell is far less than what the events do."""
     axes = {"system.prefetch": ["none", "oracle"], "system.synchronous": [False, True]}
@@ -118,6 +128,15 @@ def test_systems_of_one_pool_get_the_bytes_of_those_of_many(tmp_path: Path) -> N
     expert = 3 * 192 * 64 * 4
     assert (table.capacity_bytes / expert).tolist() == [24, 24, 40, 40]
     assert table.cache.tolist() == ["10%", "10%", "5", "5"]
+
+
+@pytest.mark.parametrize("limit", ["15MB", "16.3MB"])
+def test_under_a_limit_of_memory_a_row_is_the_run_alone(tmp_path: Path, limit: str) -> None:
+    wanted = grid(tmp_path, {"system.scope": ["layer", "global"]}, gpu_memory=limit)
+    table = Seen().sweep(wanted, tmp_path / "out")
+    alone = [_scenario(wanted, place).prepare().run() for place in range(2)]
+    assert table.capacity_bytes.tolist() == [run.info.capacity_bytes for run in alone]
+    assert table.tokens_per_s.tolist() == [run.headline()["tokens_per_s"] for run in alone]
 
 
 def test_what_cannot_run_is_a_row_with_the_reason(tmp_path: Path) -> None:

@@ -133,6 +133,15 @@ def test_a_trace_takes_the_times_and_keeps_its_own_lengths(tmp_path: Path) -> No
         schedule_of(requests_of((2, 1), (1, 1), (1, 1)), spec)
 
 
+def test_lengths_that_are_left_aside_are_told(tmp_path: Path) -> None:
+    told = Arrivals.read(written(tmp_path, AZURE)).at_rate(0.5).notes
+    assert told == [
+        "of times.csv the times alone are used, not ContextTokens and GeneratedTokens: requests are as long as the "
+        "trace has them"
+    ]
+    assert Arrivals.read(written(tmp_path, "arrival_s\n0\n1\n")).notes == []
+
+
 @pytest.mark.parametrize(("name", "requests", "last_s"), [("code", 8819, 3435.948056), ("conv", 19366, 3501.721937)])
 def test_the_azure_traces(name: str, requests: int, last_s: float) -> None:
     path = SHARED / f"AzureLLMInferenceTrace_{name}.csv"

@@ -69,5 +69,5 @@ class Arc(QueuePolicy):
 
     name: ClassVar[str] = "arc"
 
-    def new_pool(self) -> Pool:
-        return _Pool(self.context)
+    def new_pool(self, context: PolicyContext) -> Pool:
+        return _Pool(context)

@@ -73,7 +73,7 @@ class BeladyImitator(EvictionPolicy):
 
     @property
     def flops_a_decision(self) -> int:
-        """Those of ranking a full pool together with the misses of one token."""
+        """Those of ranking a full pool, the mean one where they differ, together with the misses of one token."""
         slots = self.context.capacity // min(self.context.weights, default=1)
         return (slots + self.context.top_k) * self.flops_a_block
 

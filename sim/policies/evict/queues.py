@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import TypeVar
 
 from sim.policies.base import EvictionPolicy, PolicyContext
@@ -89,12 +90,13 @@ class QueuePolicy(EvictionPolicy):
     """
 
     @abstractmethod
-    def new_pool(self) -> Pool:
-        """An empty pool."""
+    def new_pool(self, context: PolicyContext) -> Pool:
+        """An empty pool that holds the capacity of ``context``."""
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
-        self._pools = [self.new_pool() for _ in range(1 if context.shared else context.layers)]
+        rooms = [context.capacity] if context.shared else map(context.capacity_of, range(context.layers))
+        self._pools = [self.new_pool(replace(context, capacity=room)) for room in rooms]
 
     def _pool(self, block: int) -> Pool:
         return self._pools[0 if self.context.shared else block // self.context.experts]

@@ -124,5 +124,5 @@ class S3Fifo(QueuePolicy):
             raise ValueError(f"promotion must be from 1 to {MOST_USES}, got {options['promotion']}")
         super().__init__(context)
 
-    def new_pool(self) -> Pool:
-        return _Pool(self.context, **self.options)
+    def new_pool(self, context: PolicyContext) -> Pool:
+        return _Pool(context, **self.options)

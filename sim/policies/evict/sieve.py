@@ -47,5 +47,5 @@ class Sieve(QueuePolicy):
 
     name: ClassVar[str] = "sieve"
 
-    def new_pool(self) -> Pool:
-        return _Pool(self.context)
+    def new_pool(self, context: PolicyContext) -> Pool:
+        return _Pool(context)

@@ -39,7 +39,8 @@ class FixedSet(EvictionPolicy):
         return sorted(chosen)
 
     def _fill(self, pool: range) -> list[int]:
-        room, chosen = self.context.capacity, list[int]()
+        context, chosen = self.context, list[int]()
+        room = context.capacity if context.shared else context.capacity_of(pool[0] // context.experts)
         for block in self.order_of(pool):
             room -= self.context.weights[block // self.context.experts]
             if room < 0:

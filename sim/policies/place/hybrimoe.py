@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from itertools import accumulate
+from math import inf
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from sim.policies.base import Assignment, LayerView
 from sim.policies.place.split import Scheduled, makespan_s, split
@@ -17,6 +20,12 @@ class Move(NamedTuple):
     timeline: str
     expert: int
     end_s: float
+
+
+Offer: TypeAlias = tuple[float, int, int]
+"""When a timeline's next operation would end, its expert, and that one's tokens."""
+
+NEVER: Offer = (inf, -1, 0)
 
 
 class HybriMoe(Scheduled):
@@ -46,8 +55,9 @@ class HybriMoe(Scheduled):
 
     def schedule(self, view: LayerView) -> Assignment:
         own = assignment_of(self.moves(view))
-        alone = min(self._alone(view), key=lambda one: makespan_s(view, one))
-        return alone._replace(fallback=True) if makespan_s(view, alone) < makespan_s(view, own) else own
+        alone = [(makespan_s(view, one), one) for one in self._alone(view)]
+        quickest_s, quickest = min(alone, key=lambda timed: timed[0])
+        return quickest._replace(fallback=True) if quickest_s < makespan_s(view, own) else own
 
     def moves(self, view: LayerView) -> list[Move]:
         """The walk itself, in its order, without the fallback to one device."""
@@ -67,77 +77,97 @@ def assignment_of(moves: list[Move]) -> Assignment:
 
 
 class _Walk:
-    """The clocks and queues of one layer while it is being scheduled."""
+    """The clocks and queues of one layer while it is being scheduled.
+
+    Each queue is kept in order by bisection, so that a prompt's layer costs little more than its experts' number.
+    """
 
     def __init__(self, view: LayerView, in_order: bool, takes_transfers: bool) -> None:
-        self._view, self._in_order, self._takes_transfers = view, in_order, takes_transfers
+        self._copy_s, self._in_order, self._takes_transfers = view.copy_s, in_order, takes_transfers
         self._clock = {GPU: view.gpu_free_s, CPU: view.cpu_free_s, LINK: view.link_free_s}
-        self._tokens = dict([*view.hits, *view.late, *view.misses])
         self._there_s = {expert: s for (expert, _), s in zip(view.late, view.arrivals_s, strict=True)}
-        self._on_gpu = self._by_load([expert for expert, _ in (*view.hits, *view.late)])
-        self._on_cpu = sorted([expert for expert, _ in view.misses], key=lambda expert: (self._tokens[expert], expert))
+        here = [*view.hits, *view.late]
+        self._on_gpu = sorted([(-tokens, expert) for expert, tokens in here])  # the GPU's queue, from its head on
+        self._on_cpu = sorted([(tokens, expert) for expert, tokens in view.misses])  # the CPU's, likewise
+        takes = here if takes_transfers else view.hits
+        self._spare = sorted([(tokens, expert) for expert, tokens in takes])  # of the GPU's, what the CPU may take
+        loads = {tokens for part in (here, view.misses) for _, tokens in part}
+        self._gpu_s = {tokens: view.gpu_expert_s(tokens) for tokens in loads}
+        self._cpu_s = {tokens: view.cpu_expert_s(tokens, False) for tokens in loads}
+        self._first_s = {tokens: view.cpu_expert_s(tokens, True) for tokens in loads}
+        self._sums_s = [0.0, *accumulate(self._cpu_s[tokens] for tokens, _ in self._on_cpu)]
+        self._begun = 0  # experts that the CPU has taken from its own queue, lowest loads first
         self._cpu_idle, self._refused = True, False
 
     def run(self) -> list[Move]:
         """Takes operation after operation, until nothing is left."""
         moves = []
         while self._on_gpu or self._on_cpu:
-            offers = [offer for offer in (self._gpu(), self._cpu(), self._link()) if offer is not None]
-            move = min(offers, key=lambda offer: offer.end_s)
-            if move.timeline == LINK and not self._pays(move):
+            timeline, offer = GPU, self._gpu()
+            for other, made in ((CPU, self._cpu()), (LINK, self._link())):
+                if made[0] < offer[0]:
+                    timeline, offer = other, made
+            if timeline == LINK and not self._pays(offer):
                 self._refused = True
                 continue
-            self._take(move)
-            moves.append(move)
+            self._take(timeline, offer)
+            moves.append(Move(timeline, offer[1], offer[0]))
         return moves
 
-    def _gpu(self) -> Move | None:
+    def _gpu(self) -> Offer:
         if not self._on_gpu:
-            return None
-        expert = self._head()
+            return NEVER
+        load, expert = self._on_gpu[0] if self._in_order else self._ready_first()
         start_s = max(self._clock[GPU], self._there_s.get(expert, 0.0))
-        return Move(GPU, expert, start_s + self._view.gpu_expert_s(self._tokens[expert]))
+        return start_s + self._gpu_s[-load], expert, -load
 
-    def _cpu(self) -> Move | None:
-        if self._on_cpu:
-            return Move(CPU, self._on_cpu[0], self._clock[CPU] + self._cpu_s(self._on_cpu[0], self._cpu_idle))
-        free = [expert for expert in self._on_gpu if self._takes_transfers or expert not in self._there_s]
-        if not free:
-            return None
-        expert = min(free, key=lambda expert: (self._tokens[expert], expert))
-        return Move(CPU, expert, self._clock[CPU] + self._cpu_s(expert, self._cpu_idle))
+    def _ready_first(self) -> tuple[int, int]:
+        now_s, there_s = self._clock[GPU], self._there_s
+        return min(self._on_gpu, key=lambda item: max(now_s, there_s.get(item[1], now_s)))
 
-    def _link(self) -> Move | None:
-        if self._refused or not self._on_cpu:
-            return None
-        return Move(LINK, self._by_load(self._on_cpu)[0], self._clock[LINK] + self._view.copy_s)
+    def _cpu(self) -> Offer:
+        queue = self._on_cpu or self._spare
+        if not queue:
+            return NEVER
+        tokens, expert = queue[0]
+        seconds = self._first_s if self._cpu_idle else self._cpu_s
+        return self._clock[CPU] + seconds[tokens], expert, tokens
 
-    def _pays(self, transfer: Move) -> bool:
+    def _link(self) -> Offer:
+        queue = self._on_cpu
+        if self._refused or not queue:
+            return NEVER
+        most = queue[-1][0]
+        return self._clock[LINK] + self._copy_s, queue[bisect_left(queue, (most, -1))][1], most
+
+    def _pays(self, transfer: Offer) -> bool:
         """Whether the GPU could end with the expert before the CPU would end its whole queue."""
-        left = enumerate(self._on_cpu)
-        cpu_s = self._clock[CPU] + sum(self._cpu_s(expert, self._cpu_idle and not place) for place, expert in left)
-        gpu_s = max(self._clock[GPU], transfer.end_s) + self._view.gpu_expert_s(self._tokens[transfer.expert])
-        return gpu_s < cpu_s
+        lowest = self._on_cpu[0][0]
+        extra_s = self._first_s[lowest] - self._cpu_s[lowest] if self._cpu_idle else 0.0
+        left_s = self._sums_s[self._begun + len(self._on_cpu)] - self._sums_s[self._begun]
+        gpu_s = max(self._clock[GPU], transfer[0]) + self._gpu_s[transfer[2]]
+        return gpu_s < self._clock[CPU] + extra_s + left_s
 
-    def _take(self, move: Move) -> None:
-        timeline, expert, self._clock[timeline] = move
+    def _take(self, timeline: str, offer: Offer) -> None:
+        end_s, expert, tokens = offer
+        self._clock[timeline] = end_s
         if timeline == LINK:
-            self._on_cpu.remove(expert)
-            self._there_s[expert] = move.end_s
-            self._on_gpu = self._by_load([*self._on_gpu, expert])
+            _remove(self._on_cpu, (tokens, expert))
+            self._there_s[expert] = end_s
+            insort(self._on_gpu, (-tokens, expert))
+            if self._takes_transfers:
+                insort(self._spare, (tokens, expert))
             return
-        (self._on_cpu if expert in self._on_cpu else self._on_gpu).remove(expert)
         self._cpu_idle = self._cpu_idle and timeline == GPU
+        if timeline == CPU and self._on_cpu:
+            del self._on_cpu[0]
+            self._begun += 1
+            return
+        _remove(self._on_gpu, (-tokens, expert))
+        if self._takes_transfers or expert not in self._there_s:
+            _remove(self._spare, (tokens, expert))
 
-    def _head(self) -> int:
-        """What the GPU takes next from its queue, which is in order of load."""
-        now_s = self._clock[GPU]
-        if self._in_order:
-            return self._on_gpu[0]
-        return min(self._on_gpu, key=lambda expert: max(now_s, self._there_s.get(expert, now_s)))
 
-    def _cpu_s(self, expert: int, first: bool) -> float:
-        return self._view.cpu_expert_s(self._tokens[expert], first)
-
-    def _by_load(self, experts: list[int]) -> list[int]:
-        return sorted(experts, key=lambda expert: (-self._tokens[expert], expert))
+def _remove(queue: list[tuple[int, int]], item: tuple[int, int]) -> None:
+    """Takes ``item`` out of a sorted queue that has it."""
+    del queue[bisect_left(queue, item)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from typing import ClassVar
 
 from sim.policies.base import Assignment, LayerView
@@ -19,8 +19,8 @@ class Optimal(Scheduled):
 
     Ties go to the fewest copies, then to the fewest CPU experts, then to the first set in the order of
     ``itertools.combinations``. A bound for other placements, by predicted costs. Above eight experts the CPU takes the
-    lowest loads of either kind, a of the misses and b of the hits, as the best such pair says, and nothing that is
-    being prefetched.
+    lowest loads of either kind, a of the misses and b of the hits, and of what is being prefetched the c that would
+    come last, as the best such numbers say.
     """
 
     name: ClassVar[str] = "optimal"
@@ -42,13 +42,17 @@ def _all_sets(view: LayerView) -> Iterator[list[int]]:
 
 
 def _low_loads(view: LayerView) -> Iterator[list[int]]:
-    """For each number of misses on the CPU, the numbers of hits between which the CPU becomes the longer side."""
+    """For each number of misses and of late ones on the CPU, the numbers of hits between which the CPU becomes the
+    longer side."""
     hits, misses = ([expert for expert, _ in part][::-1] for part in (view.hits, view.misses))
-    for missed in range(len(misses) + 1):
+    coming = sorted(zip(view.arrivals_s, [expert for expert, _ in view.late], strict=True), reverse=True)
+    late = [expert for _, expert in coming]
+    for awaited, missed in product(range(len(late) + 1), range(len(misses) + 1)):
 
-        def cpu_is_longer(count: int, low: list[int] = misses[:missed]) -> bool:
+        def cpu_is_longer(count: int, low: list[int] = [*late[:awaited], *misses[:missed]]) -> bool:  # noqa: B006
             cpu, gpu, copies, _ = split(view, [*low, *hits[:count]])
             return makespan_s(view, Assignment(cpu, (), ())) >= makespan_s(view, Assignment((), gpu, copies))
 
         turn = bisect_left(range(len(hits)), True, key=cpu_is_longer)
-        yield from ([*misses[:missed], *hits[:count]] for count in (max(0, turn - 1), turn))
+        for count in (max(0, turn - 1), turn):
+            yield [*late[:awaited], *misses[:missed], *hits[:count]]

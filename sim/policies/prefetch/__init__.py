@@ -10,11 +10,22 @@ from sim.policies.prefetch.next_router import NextRouter
 from sim.policies.prefetch.none import NoPrefetch
 from sim.policies.prefetch.oracle import Oracle
 from sim.policies.prefetch.popularity import Popularity
+from sim.policies.prefetch.residual_router import ResidualRouter
 from sim.policies.prefetch.whole_next_layer import WholeNextLayer
 
 PREFETCH: dict[str, type[PrefetchPolicy]] = {
     policy.name: policy
-    for policy in (NoPrefetch, NextRouter, Impact, MrsNext, EamPrefetch, WholeNextLayer, Popularity, Oracle)
+    for policy in (
+        NoPrefetch,
+        NextRouter,
+        ResidualRouter,
+        Impact,
+        MrsNext,
+        EamPrefetch,
+        WholeNextLayer,
+        Popularity,
+        Oracle,
+    )
 }
 """Prefetch policies by name."""
 
@@ -27,5 +38,6 @@ __all__ = [
     "NoPrefetch",
     "Oracle",
     "Popularity",
+    "ResidualRouter",
     "WholeNextLayer",
 ]

@@ -23,9 +23,10 @@ class EamPrefetch(PrefetchPolicy):
     one, l; T is the activation matrix, of those in a library, that is nearest to the request's own.
 
     An activation matrix M [L, E] counts the tokens that were routed to each expert. The matrices of ended requests make
-    up the library. Nearest is the one with the highest mean cosine between its rows and those of M, over the rows that
-    M has already (equal ones: the first in the library). T has its rows divided by their sums. Source: MoE-Infinity,
-    arXiv 2401.14361; its released code compares the rows that are still to come, which is not repeated here.
+    up the library, after those of a calibration trace where there is one. Nearest is the one with the highest mean
+    cosine between its rows and those of M, over the rows that M has already (equal ones: the first in the library). T
+    has its rows divided by their sums. Source: MoE-Infinity, arXiv 2401.14361; its released code compares the rows that
+    are still to come, which is not repeated here.
 
     Chosen here: a library of ``library`` matrices in which the newest takes the place of the oldest, where the paper
     clusters; an empty row of T counts as uniform; no prediction without a row or a library; at an event ``most``
@@ -51,6 +52,8 @@ class EamPrefetch(PrefetchPolicy):
         self._cosines = np.zeros((layers, self._size))
         self._sums = np.zeros(self._size)  # of the cosines, over the rows of M
         self._order = lru_cache(maxsize=ORDERS)(self._ranked)
+        for tokens in context.calibration.requests() if context.calibration else ():
+            self._enter(tokens)
 
     def begin_sequence(self) -> None:
         """The request that has ended enters the library."""

@@ -12,6 +12,9 @@ from sim.policies.prefetch.checks import check_count
 CASES = 8192
 """Decisions that are remembered; the least recently used is forgotten first."""
 
+MOST_DISCOUNT = 8
+"""Beyond, what is not in the next layer is worth nothing."""
+
 ROUNDING_S = 1e-12
 """A gain below this is what adding up seconds in another order leaves."""
 
@@ -25,9 +28,9 @@ class Impact(PrefetchPolicy):
     """Copies the experts whose presence would shorten the schedules of the next layers most, the largest gain first.
 
     For each expert that look-ahead names for one of the next ``depth`` layers and that is not there: gain = makespan of
-    that layer without it - makespan with it, over the distance in layers. Taken greedily, ``most`` in all, each on top
-    of those before it, as long as something is gained. Source: Zhong et al., *HybriMoE* (arXiv 2504.05897), its
-    impact-driven prefetching, with its depth of 3.
+    that layer without it - makespan with it, over the distance in layers (to the power of ``discount``). Taken
+    greedily, ``most`` in all, each on top of those before it, as long as something is gained. Source: Zhong et al.,
+    *HybriMoE* (arXiv 2504.05897), its impact-driven prefetching, with its depth of 3.
 
     Chosen here, where the paper is silent: the discount and ``most``; and that from a gain is taken by how much the
     copy would outlast the time until that layer's router has chosen, when demanded copies want the link: nothing, where
@@ -39,13 +42,15 @@ class Impact(PrefetchPolicy):
     name: ClassVar[str] = "impact"
     needs: ClassVar[frozenset[str]] = frozenset({"lookahead"})
     weighs_time: ClassVar[bool] = True
-    defaults: ClassVar[Mapping[str, Any]] = {"depth": 3, "most": 2, "tried": 4}
+    defaults: ClassVar[Mapping[str, Any]] = {"depth": 3, "most": 2, "tried": 4, "discount": 1.0}
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
         check_depth(self.options["depth"])
         check_count("most", self.options["most"], least=1)
         check_count("tried", self.options["tried"], least=1)
+        if not 0 <= self.options["discount"] <= MOST_DISCOUNT:
+            raise ValueError(f"discount must be from 0 to {MOST_DISCOUNT}, got {self.options['discount']}")
         self._chosen = lru_cache(maxsize=CASES)(self._choose)
 
     def candidates(self, view: PrefetchView) -> Sequence[int]:
@@ -82,7 +87,7 @@ class Impact(PrefetchPolicy):
             copied_s = link_free_s + number * copy_s
             best_s, pick = ROUNDING_S, None
             for place, (gain_s, _) in enumerate(gains):
-                worth_s = gain_s / (place + 1) - max(0.0, copied_s - (place + 1) * router_s)
+                worth_s = gain_s / (place + 1) ** self.options["discount"] - max(0.0, copied_s - (place + 1) * router_s)
                 if worth_s > best_s:
                     best_s, pick = worth_s, place
             if pick is None:

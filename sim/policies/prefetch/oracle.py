@@ -16,16 +16,23 @@ KEPT, LATE, COUNT, WRONG = range(4)
 class Oracle(PrefetchPolicy):
     """Copies the experts that the next ``horizon`` layers will use, nearest layer first, then the lowest expert.
 
-    The horizon crosses into the next forward pass, and is one pass long at most. With the defaults the oracle is
-    perfect. Else each use is named with probability ``recall``; unused experts are named beside them, so many that a
-    share ``precision`` of all that is named will be used (as far as the layer has as many); and what is said of a layer
-    becomes known 0 to ``lateness`` layers after it came within the horizon, drawn uniformly for each expert, yet no
-    later than in the layer just before. All is drawn from the seed by event and block, whatever is asked when.
+    The horizon crosses into the next forward pass (unless ``crosses`` is false), and is one pass long at most. With the
+    defaults the oracle is perfect. Else each use is named with probability ``recall``; unused experts are named beside
+    them, so many that a share ``precision`` of all that is named will be used (as far as the layer has as many); and
+    what is said of a layer becomes known 0 to ``lateness`` layers after it came within the horizon, drawn uniformly for
+    each expert, yet no later than in the layer just before. All is drawn from the seed by event and block, whatever is
+    asked when.
     """
 
     name: ClassVar[str] = "oracle"
     needs: ClassVar[frozenset[str]] = frozenset({"future"})
-    defaults: ClassVar[Mapping[str, Any]] = {"horizon": 3, "recall": 1.0, "precision": 1.0, "lateness": 0}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "horizon": 3,
+        "recall": 1.0,
+        "precision": 1.0,
+        "lateness": 0,
+        "crosses": True,
+    }
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
@@ -43,7 +50,8 @@ class Oracle(PrefetchPolicy):
 
     def candidates(self, view: PrefetchView) -> Sequence[int]:
         self._go_to(view.event)
-        ahead = range(1, self._horizon + 1)
+        last = self._horizon if self.options["crosses"] else min(self._horizon, self.context.layers - 1 - view.layer)
+        ahead = range(1, last + 1)
         return [block for d in ahead for block, known in self._said_of(view.event + d) if d <= known]
 
     def _go_to(self, event: int) -> None:

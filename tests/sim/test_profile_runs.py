@@ -1,0 +1,97 @@
+"""What a profile's costs are in one run: the policies' own time, few slots, chunks, and layers with CPU experts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sim.profile import ProfileCosts
+from sim.run import simulate
+from sim.spec import HostSpec, ModelSpec
+from sim.spec.profile import DensePoint, Planning, Point, Pool, Profile
+from sim.systems import Budget, SystemSpec
+from tests.sim import hand
+from traces.synthetic import Sizes, zipf
+from traces.workload import one_at_a_time
+
+SPEC = ModelSpec(
+    name="by-hand", source="test", layers=2, moe_layers=2, experts=8, top_k=2, hidden=32, expert_width=16, heads=4,
+    kv_heads=2, head_dim=8, vocab=64, dtype="fp32", expert_bits=32,
+)  # fmt: skip
+
+
+def point(size: int, value_s: float) -> Point:
+    return Point(size=size, value_s=value_s, median_s=value_s, p90_s=value_s, repeats=3)
+
+
+PROFILE = Profile(
+    name="here",
+    device="cpu",
+    date="2026-01-01",
+    machine={},
+    model=SPEC,
+    host=HostSpec(source="test", layer_s=0.0, readback_s=0.0, controller_s=1.0, operation_s=0.0),
+    copies=(point(SPEC.expert_bytes, 8.0),),
+    gpu_expert=(point(1, 4.0),),
+    cpu_expert_first=(point(1, 2.0),),
+    cpu_expert_later=(point(1, 2.0),),
+    dense=(DensePoint(tokens=1, base_s=0, per_context_s=0, least_context=1, most_context=99, p90_s=1, repeats=3),),
+    head=(point(1, 0.0),),
+    lookahead_s=0.0,
+    chunk_bytes=SPEC.expert_bytes // 4,
+    small_pool=Pool(slots=3, copies=(point(SPEC.expert_bytes, 6.0),), gpu_expert=(point(1, 3.0),)),
+    planning=(
+        Planning(kind="evict", policy="mrs", layer_s=0.25),
+        Planning(kind="place", policy="hybrimoe", layer_s=0.5),
+        Planning(kind="prefetch", policy="impact", layer_s=0.125),
+    ),
+    token_s=1.0,
+)
+COSTS = ProfileCosts(PROFILE)
+
+
+def test_the_time_of_each_policy_is_added_to_that_of_deciding() -> None:
+    assert COSTS.for_run(SystemSpec(), 9).host.controller_s == 1.0
+    assert COSTS.for_run(SystemSpec(evict="mrs"), 9).host.controller_s == 1.25
+    both = COSTS.for_run(SystemSpec(evict="mrs", place="hybrimoe", prefetch="impact"), 9)
+    assert both.host.controller_s == 1.875
+    assert both.name == COSTS.name
+    assert COSTS.host.controller_s == 1.0
+
+
+def test_a_run_of_few_slots_is_quicker() -> None:
+    few, many = COSTS.for_run(SystemSpec(), 3), COSTS.for_run(SystemSpec(), 4)
+    assert (few.copy_s(SPEC.expert_bytes), few.gpu_expert_s(1)) == (6.0, 3.0)
+    assert (many.copy_s(SPEC.expert_bytes), many.gpu_expert_s(1)) == (8.0, 4.0)
+
+
+def test_a_chunk_takes_its_share_of_a_copy() -> None:
+    assert COSTS.chunk_bytes == SPEC.expert_bytes // 4
+    assert COSTS.copy_s(COSTS.chunk_bytes) == pytest.approx(2.0)
+    whole = ProfileCosts(PROFILE.model_copy(update={"chunk_bytes": 0}))
+    assert whole.copy_s(SPEC.expert_bytes // 4) == 8.0
+    assert whole.notes != []
+
+
+def test_a_simulated_run_is_charged_for_what_its_policies_take() -> None:
+    sizes = Sizes(sequences=1, prompt_tokens=0, new_tokens=3, layers=2, experts=8, top_k=2, expert_bytes=7)
+    workload = one_at_a_time(zipf(np.random.default_rng(0), sizes))
+    for system, seconds in ((SystemSpec(), 1.0), (SystemSpec(place="hybrimoe"), 1.5)):
+        run = simulate(workload, system, Budget(slots=8), COSTS, hardware="here")
+        assert run.layers.python_s.to_numpy() == pytest.approx(seconds)
+
+
+def test_a_layer_with_cpu_experts_costs_the_host_more() -> None:
+    given = hand.host(controller_s=0.5, cpu_s=0.25, join_s=0.125, cpu_join_s=0.0625, joins_layers=True)
+    costs = hand.HandCosts(host=given)
+    trace = hand.trace_of([[[0]], [[1]]])
+    run = hand.run(trace, 1, costs, place="cpu-on-miss", prefetch="none")
+    assert run.layers.cpu_experts.to_list() == [0, 1]
+    assert run.layers.host_s.to_list() == pytest.approx([0.5 + 0.125, 0.75 + 0.1875])
+    assert run.layers.python_s.to_list() == pytest.approx([0.5, 0.75])
+
+
+def test_a_profile_without_the_new_tables_is_still_read() -> None:
+    plain = PROFILE.model_dump(exclude={"planning", "small_pool", "chunk_bytes"})
+    costs = ProfileCosts(Profile.model_validate(plain)).for_run(SystemSpec(evict="mrs"), 1)
+    assert (costs.host.controller_s, costs.chunk_bytes, costs.gpu_expert_s(1)) == (1.0, 0, 4.0)
