@@ -14,7 +14,7 @@ try:
     from collections.abc import Iterator
     from contextlib import contextmanager
     from dataclasses import dataclass, field
-    from functools import partial
+    from functools import partial, wraps
     from importlib import import_module
     from importlib.metadata import PackageNotFoundError, version
     from pathlib import Path
@@ -41,11 +41,13 @@ _parser: Any = import_module(typer.BadParameter.__module__)
 
 @dataclass(frozen=True)
 class Entry:
-    """A sub-command: where its Typer app or plain function lives, one line of help, and commands it borrows."""
+    """A sub-command: where its Typer app or plain function lives, one line of help, commands it borrows, and what is
+    called with the function's outcome, where another room goes on."""
 
     target: str
     help: str
     more: dict[str, Entry] = field(default_factory=dict)
+    then: str = ""
 
 
 ENTRIES: dict[str, Entry] = {
@@ -67,15 +69,19 @@ ENTRIES: dict[str, Entry] = {
     "decode": Entry("real.cli_run:decode", "Decode prompts for real, with only part of the experts on the device."),
     "calibrate": Entry("real.cli_run:calibrate", "Measure this machine, and write its hardware profile."),
     "demo": Entry("moetwin:demo", "Run the whole twin on the small model that ships, and write a report."),
-    "compare": Entry("analysis.cli:compare", "Compare a measured with a simulated run, and write a report."),
+    "compare": Entry("analysis.cli:compare", "Compare measured with simulated runs, and write a report."),
+    "validate": Entry(
+        "real.cli_validate:validate",
+        "Calibrate, run, simulate and judge: how close the simulator comes here.",
+        then="analysis.judging:judge",
+    ),
 }
 """Every sub-command, in the order in which the help lists them."""
 
 
 def _load(entry: Entry, name: str) -> Any:
     """Imports an entry's target and builds the parser's command from it."""
-    module, attribute = entry.target.split(":")
-    target = getattr(import_module(module), attribute)
+    target = _imported(entry.target)
     if isinstance(target, typer.Typer):
         target.info.cls = Group
         group = typer.main.get_group(target)
@@ -83,8 +89,23 @@ def _load(entry: Entry, name: str) -> Any:
             group.add_command(LazyCommand(borrowed, extra))
         return _strict(group)
     single = typer.Typer(add_completion=False)
-    single.command(name)(target)
+    single.command(name)(_followed(target, entry.then) if entry.then else target)
     return _strict(typer.main.get_command(single))
+
+
+def _imported(place: str) -> Any:
+    module, attribute = place.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def _followed(target: Any, then: str) -> Any:
+    """The command ``target``, whose outcome is handed over to ``then``."""
+
+    @wraps(target)
+    def both(**options: Any) -> None:
+        _imported(then)(target(**options))
+
+    return both
 
 
 EMPTY_MEANS_NONE = {"policies"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from real.models.names import checkpoint_folder
 from traces.errors import InputError
 
 LEAST_TEMPERATURE = 1e-3
@@ -14,3 +15,17 @@ def check_temperature(value: float) -> None:
     """Raises :class:`InputError` for a temperature that nothing can be sampled at; 0 is greedy."""
     if value != 0.0 and not LEAST_TEMPERATURE <= value < math.inf:
         raise InputError(f"temperature must be 0, or at least {LEAST_TEMPERATURE} and finite, got {value}")
+
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+"""A checkpoint with either of them has a tokenizer."""
+
+
+def check_tokenizer(model: str) -> None:
+    """Raises :class:`InputError` for a checkpoint that cannot read prompts."""
+    folder = checkpoint_folder(model)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"model must have a tokenizer to read prompts, got {folder} without {' or '.join(TOKENIZER_FILES)} "
+            "(--routing TRACE needs none)"
+        )

@@ -43,11 +43,19 @@ class RecordOptions:
     lookahead: int = 3
     seed: int = 0
     temperature: float = 0.0
+    lookahead_router: str = ""
+    residual_prompts: str = ""
 
     def __post_init__(self) -> None:
-        """Raises :class:`InputError` for a seed that is no seed."""
+        """Raises :class:`InputError` for a seed that is no seed, and for an unknown router of the look-ahead."""
         if not 0 <= self.seed <= MOST_SEED:
             raise InputError(f"seed must be from 0 to {MOST_SEED}, got {self.seed}")
+        if self.lookahead_router not in ("", "residual"):
+            raise unknown_name("lookahead-router", self.lookahead_router, {"plain", "residual"})
+        if self.lookahead_router and not self.lookahead:
+            raise InputError("lookahead must be at least 1 with lookahead-router residual, got 0")
+        if self.residual_prompts and not self.lookahead_router:
+            raise InputError("residual-prompts must be left out without lookahead-router residual, got both")
 
     def command(self) -> str:
         """The command line that records with these options; empty ones are left out."""
@@ -94,6 +102,12 @@ def record(
         int, typer.Option(min=0, max=MOST_SEED, help="Of the sampling, when the temperature is above 0.")
     ] = 0,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    lookahead_router: Annotated[
+        str, typer.Option(help="plain, or residual: corrected by the mean change of the hidden state, as DALI does.")
+    ] = "plain",
+    residual_prompts: Annotated[
+        Path | None, typer.Option(help="Where residual takes its means from; else the project's other prompts.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The trace file to write (.safetensors).")] = None,
     like: Annotated[Path | None, typer.Option(help="Record again as this trace was made, and compare.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that --out names.")] = False,
@@ -105,6 +119,8 @@ def record(
       moetwin trace record --out code.safetensors --domains python_code
 
       moetwin trace record --model ./my-checkpoint --prompts mine.txt --batch 4 --out mine.safetensors
+
+      moetwin trace record --domains essays --lookahead-router residual --out essays.safetensors
 
       moetwin trace record --like code.safetensors
     """
@@ -122,6 +138,8 @@ def record(
         lookahead=lookahead,
         seed=seed,
         temperature=temperature,
+        lookahead_router="" if lookahead_router == "plain" else lookahead_router,
+        residual_prompts="" if residual_prompts is None else str(residual_prompts),
     )
     original = None if like is None else store.load(like)
     trace = record_with(given if original is None else RecordOptions.parse(original.header.made_by))
@@ -140,31 +158,49 @@ def record_with(options: RecordOptions) -> Trace:
     check_temperature(options.temperature)
     file = Path(options.prompts) if options.prompts else SHIPPED_PROMPTS
     prompts = choose(load_prompts(file), options.domains or None)
+    others = _others(options, prompts)
     check_model(options.model)
     import torch
 
     from real.generate import Sampler
     from real.models.load import dimensions, load
     from real.record import record as record_trace
+    from real.record import router_means_of
 
     torch.set_num_threads(1)
     sampler = Sampler(options.temperature, seed=options.seed)
     _check_lookahead(options.lookahead, dimensions(options.model).moe_layers)
-    loaded = load(options.model)
+    loaded = load(options.model, with_experts=True)
     own = options.model == SMALL_NAME and not options.prompts
+    tokens: dict[str, Any] = {"max_prompt_tokens": options.max_prompt_tokens, "max_new_tokens": options.max_new_tokens}
     with _progress(len(prompts)) as progress:
+        means = router_means_of(loaded, others, **tokens) if others else ""
         return record_trace(
             loaded,
             prompts,
             batch=options.batch,
-            max_prompt_tokens=options.max_prompt_tokens,
-            max_new_tokens=options.max_new_tokens,
+            **tokens,
             lookahead_depth=options.lookahead,
+            router_means=means,
             sampler=sampler,
             made_by=options.command(),
             licence="Apache-2.0" if own else "",
             progress=progress,
         )
+
+
+def _others(options: RecordOptions, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts that the residual router is fitted to, none where it is not wanted; never one that is recorded.
+
+    Raises :class:`InputError` when nothing is left.
+    """
+    if not options.lookahead_router:
+        return []
+    file, recorded = Path(options.residual_prompts or SHIPPED_PROMPTS), {prompt.text for prompt in prompts}
+    others = [prompt for prompt in load_prompts(file) if prompt.text not in recorded]
+    if not others:
+        raise InputError(f"residual-prompts must hold others than those recorded, got none in {file.name}")
+    return others
 
 
 def _check_lookahead(depth: int, layers: int) -> None:

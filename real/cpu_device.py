@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from real.device import Device, Work
+from real.device import Chunks, Device, Run, Work
 
 
 class Lane:
@@ -44,6 +44,17 @@ class Lane:
         """Waits for the thread's end; the device must be closing."""
         self._thread.join()
 
+    def makes_way(self, work: Work) -> bool:
+        """Whether ``work``, a prefetch between two chunks, has to let a demand copy pass, or to end here."""
+        with self.device.lock:
+            waiting = bool(self.queue and self.queue[0].ready)
+            return self.device.draining or (work.yields and waiting)
+
+    def set_aside(self, work: Work) -> None:
+        """Puts back what has made way: a prefetch that is waited for by now goes on first."""
+        if not self.device.draining:
+            (self.second if work.yields else self.queue).appendleft(work)
+
     def _take(self) -> Work | None:
         while not self.next_ready():
             if self.device.closing:
@@ -64,10 +75,12 @@ class Lane:
                     work = self._take()
                 if work is None:
                     return
-                work.execute(device.now_s)
+                over = work.execute(device.now_s, self.makes_way)
                 with device.lock:
                     self.busy = False
-                    device.ended(self, work)
+                    if not over:
+                        self.set_aside(work)
+                    device.stopped(self, work, over)
                 del work  # else this thread would keep it, and its error's tensors, until the next one comes
 
 
@@ -92,7 +105,7 @@ class CpuDevice(Device):
         self._opener, self._others = threading.get_native_id(), _thread_ids()
         self._base_s = time.perf_counter()
         self.lock = threading.Lock()
-        self.closing = False
+        self.closing = self.draining = False
         self._host = threading.Condition(self.lock)
         self._wanted: Callable[[], bool] | None = None
         self._copies_ended = self._copies_seen = 0
@@ -118,8 +131,8 @@ class CpuDevice(Device):
         self._gpu.queue.append(work)
         return work
 
-    def copy(self, run: Callable[[], None], after: Sequence[Work], *, prefetch: bool = False) -> Work:
-        work = Work("link", run, after)
+    def copy(self, run: Run | Chunks, after: Sequence[Work], *, prefetch: bool = False) -> Work:
+        work = Work("link", run, after, yields=prefetch)
         (self._link.second if prefetch else self._link.queue).append(work)
         return work
 
@@ -140,18 +153,26 @@ class CpuDevice(Device):
     def promote(self, works: Sequence[Work]) -> None:
         with self.lock:
             for work in works:
+                work.yields = False
                 if work in self._link.second:
                     self._link.second.remove(work)
                     self._link.queue.append(work)
+
+    def withdraw(self, works: Sequence[Work]) -> list[Work]:
+        with self.lock:
+            waiting = [work for work in self._link.second if not work.begun and work in works]
+            for work in waiting:
+                self._link.second.remove(work)
+        return waiting
 
     def flush(self) -> None:
         with self.lock:
             self._ring()
 
-    def ended(self, lane: Lane, work: Work) -> None:
-        """A lane has done ``work``; called with the lock held."""
-        work.finished = True
-        if lane is self._link:
+    def stopped(self, lane: Lane, work: Work, over: bool) -> None:
+        """A lane has done ``work``, or one or more of its chunks; called with the lock held."""
+        work.finished = over
+        if over and lane is self._link:
             self._copies_ended += 1
         self._ring()
         if self._wanted is not None and self._wanted():
@@ -173,6 +194,7 @@ class CpuDevice(Device):
                 self._copies_seen = self._copies_ended
             if copied and on_copy is not None:
                 on_copy()
+                self.flush()
         for work in works:
             if work.error is not None:
                 raise work.error
@@ -184,7 +206,11 @@ class CpuDevice(Device):
         with self.lock:
             for lane in self._lanes:
                 lane.drop()
-            self._sleep_until(lambda: not any(lane.busy for lane in self._lanes))
+            self.draining = True
+            try:
+                self._sleep_until(lambda: not any(lane.busy for lane in self._lanes))
+            finally:
+                self.draining = False
 
     def close(self) -> None:
         if self.closing:

@@ -3,35 +3,66 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from real.device import Device, Work, nothing
+from real.device import Chunks, Device, Run, Work
 from traces.errors import InputError
+
+PREFETCH_CHUNKS = 4
+"""Chunks of prefetches on their way at a time, so that the link has work until the host looks again."""
+ANCHOR_S = 1.0
+"""An event tells its time in float32 milliseconds since another one: that one must not lie far back."""
+SAME_STRETCH_S = 2e-5
+"""Chunks that follow each other this closely are one stretch of a copy."""
+
+
+class Moment:
+    """A point on a stream: an event, until its time is known. ``base`` is the event, and its time, to count from."""
+
+    __slots__ = ("at_s", "base", "event")
+
+    def __init__(self, event: torch.cuda.Event, base: tuple[torch.cuda.Event, float]) -> None:
+        self.event: torch.cuda.Event | None = event
+        self.base, self.at_s = base, 0.0
+
+    def query(self) -> bool:
+        """Whether it has come."""
+        return self.event is None or self.event.query()
 
 
 class CudaWork(Work):
-    """Work on a CUDA stream, with an event at either end."""
+    """Work on CUDA streams, with a moment at either end of each of its pieces; or, with a ``future``, on the CPU."""
 
-    __slots__ = ("begin", "end", "future")
+    __slots__ = ("future", "moments")
 
-    def __init__(self, resource: str, run: Callable[[], None]) -> None:
-        super().__init__(resource, run)
-        self.begin = torch.cuda.Event(enable_timing=True)
-        self.end = torch.cuda.Event(enable_timing=True)
+    def __init__(self, resource: str, run: Run | Chunks, after: Sequence[Work] = (), *, yields: bool = False) -> None:
+        super().__init__(resource, run, after, yields=yields)
+        self.moments: list[tuple[Moment, Moment]] = []
         self.future: Future[None] | None = None
 
     @property
+    def submitted(self) -> bool:
+        """Whether all of it has been handed to a stream."""
+        return self.begun == len(self.chunks)
+
+    @property
     def done(self) -> bool:
-        return self.finished or (self.future is None and self.end.query())
+        return self.finished or (self.future is None and self.submitted and self.moments[-1][1].query())
 
 
 class CudaDevice(Device):
-    """A CUDA GPU: compute on the current stream, demand copies, prefetches and write-backs on one stream each, CPU
-    experts on a worker beside them. Events order a computation after its copy, and a copy after the last read of its
-    slot and what saves it."""
+    """A CUDA GPU: compute on the stream that is current when it is opened, demand copies, prefetches and write-backs on
+    one stream each, CPU experts on a worker beside them. Events order a computation after its copy, and a copy after
+    the last read of its slot and what saves it.
+
+    What is on a stream cannot be called back, and streams share the link: so only :data:`PREFETCH_CHUNKS` chunks of
+    prefetches are handed over at a time, and the next ones when the host comes by (at every submission, flush and
+    wait). What is left of a prefetch that is waited for goes to the stream of demand copies.
+    """
 
     name = "cuda"
     joins_layers = False
@@ -41,68 +72,112 @@ class CudaDevice(Device):
             raise InputError("device must be available, got cuda, and torch finds no CUDA device (try --device cpu)")
         self.torch_device = torch.device("cuda")
         least, greatest = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
+        self._compute = torch.cuda.current_stream()
         self._demand = torch.cuda.Stream(priority=greatest)
         self._prefetch = torch.cuda.Stream(priority=least)
         self._back = torch.cuda.Stream(priority=least)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="moetwin-cpu")
+        self._spare: list[torch.cuda.Event] = []  # a CUDA event costs more to make than to record
         self._open: list[CudaWork] = []
-        torch.cuda.synchronize()
-        self._base = torch.cuda.Event(enable_timing=True)
-        self._base.record()
-        torch.cuda.synchronize()
+        self._marks: list[Moment] = []
+        self._waiting: deque[CudaWork] = deque()  # prefetches that have not been handed over as a whole
+        self._under_way: deque[Moment] = deque()  # the ends of their chunks that have
         self._base_s = time.perf_counter()
+        self._base = self._anchor()
 
     def now_s(self) -> float:
         return time.perf_counter() - self._base_s
 
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def mark(self) -> Moment:
+        mark = self._moment(self._compute)
+        self._marks.append(mark)
+        return mark
 
-    def time_of(self, mark: torch.cuda.Event) -> float:
-        return self._base.elapsed_time(mark) / 1e3
+    def time_of(self, mark: Moment) -> float:
+        return mark.at_s
 
-    def gpu(self, run: Callable[[], None], after: Sequence[Work]) -> Work:
-        return self._on(torch.cuda.current_stream(), "gpu", run, after)
+    def gpu(self, run: Run, after: Sequence[Work]) -> Work:
+        work = CudaWork("gpu", run)
+        self._wait_on(self._compute, after)
+        begin = self._moment(self._compute)
+        run()
+        work.moments.append((begin, self._moment(self._compute)))
+        work.begun = 1
+        work.chunks = (nothing,)  # a layer's tensors must not live until its times are read
+        self._open.append(work)
+        return work
 
-    def copy(self, run: Callable[[], None], after: Sequence[Work], *, prefetch: bool = False) -> Work:
-        return self._on(self._prefetch if prefetch else self._demand, "link", run, after)
+    def copy(self, run: Run | Chunks, after: Sequence[Work], *, prefetch: bool = False) -> Work:
+        work = CudaWork("link", run, after, yields=prefetch)
+        self._open.append(work)
+        if prefetch:
+            self._waiting.append(work)
+            self.flush()
+        else:
+            self._submit(self._demand, work, len(work.chunks))
+        return work
 
-    def save(self, run: Callable[[], None], after: Sequence[Work]) -> Work:
-        return self._on(self._back, "link-back", run, after)
+    def save(self, run: Run, after: Sequence[Work]) -> Work:
+        work = CudaWork("link-back", run, after)
+        self._open.append(work)
+        self._submit(self._back, work, 1)
+        return work
 
-    def cpu(self, run: Callable[[], None]) -> Work:
+    def cpu(self, run: Run) -> Work:
         work = CudaWork("cpu", run)
         work.future = self._pool.submit(self._on_pool, work)
         return work
 
     def promote(self, works: Sequence[Work]) -> None:
-        """Nothing to do: what was submitted to a stream cannot be reordered."""
+        for work in works:
+            if isinstance(work, CudaWork):
+                self._hand_over(work)
+
+    def withdraw(self, works: Sequence[Work]) -> list[Work]:
+        waiting = [work for work in self._waiting if not work.begun and work in works]
+        for work in waiting:
+            self._waiting.remove(work)
+            self._open.remove(work)
+        return [*waiting]
 
     def flush(self) -> None:
-        """Nothing to do: streams begin at once."""
+        while self._under_way and self._under_way[0].query():
+            self._under_way.popleft()
+        while self._waiting and len(self._under_way) < PREFETCH_CHUNKS:
+            work = self._waiting[0]
+            self._submit(self._prefetch, work, 1)
+            self._under_way.append(work.moments[-1][1])
+            if work.submitted:
+                self._waiting.popleft()
 
     def wait(self, works: Sequence[Work], on_copy: Callable[[], None] | None = None) -> None:
         if on_copy is not None:
             on_copy()
+        self.flush()
         for work in works:
-            if isinstance(work, CudaWork) and work.future is not None:
-                work.future.result()
+            if work.resource != "gpu":  # which is in order with later compute as it is
+                self._wait_on(self._compute, (work,))
             if work.error is not None:
                 raise work.error
 
     def settle(self) -> None:
-        torch.cuda.current_stream().synchronize()
+        self._compute.synchronize()
+        self.flush()
+        for mark in self._marks:
+            self._tell(mark)
+        self._marks.clear()
         open_works, self._open = self._open, []
         for work in open_works:
-            if not work.done:  # a prefetch that nobody waits for yet
+            if work.done:
+                self._note(work)
+            else:  # a prefetch that nobody waits for yet
                 self._open.append(work)
-                continue
-            work.start_s, work.end_s = self.time_of(work.begin), self.time_of(work.end)
-            work.finished = True
+        if self.now_s() - self._base[1] > ANCHOR_S:
+            self._base = self._anchor()
 
     def drain(self) -> None:
+        self._open = [work for work in self._open if work.submitted]
+        self._waiting.clear()
         self._pool.submit(nothing).result()  # the pool has one thread: everything before this has ended
         torch.cuda.synchronize()
         self.settle()
@@ -111,19 +186,98 @@ class CudaDevice(Device):
         torch.cuda.synchronize()
         self._pool.shutdown()
 
-    def _on(self, stream: torch.cuda.Stream, resource: str, run: Callable[[], None], after: Sequence[Work]) -> Work:
-        work = CudaWork(resource, nothing)
+    def _submit(self, stream: torch.cuda.Stream, work: CudaWork, count: int) -> None:
+        """Hands the next ``count`` chunks to a stream, after what the work has to wait for."""
+        if not work.begun:
+            self._wait_on(stream, work.after)
+            work.after = ()
         with torch.cuda.stream(stream):
-            for earlier in after:
-                if isinstance(earlier, CudaWork) and not earlier.done:
-                    stream.wait_event(earlier.end)
-            work.begin.record()
-            run()
-            work.end.record()
-        self._open.append(work)
-        return work
+            begin = self._moment(stream)
+            try:
+                for run in work.chunks[work.begun : work.begun + count]:
+                    work.begun += 1
+                    run()
+            except BaseException as error:
+                work.error, work.chunks = error, work.chunks[: work.begun]
+                raise
+            finally:
+                work.moments.append((begin, self._moment(stream)))
+
+    def _hand_over(self, work: CudaWork) -> None:
+        """Makes a demand of what is left of a prefetch, which goes on after the chunks that are under way."""
+        if work.submitted or work not in self._waiting:
+            return
+        self._waiting.remove(work)
+        if work.moments and (last := work.moments[-1][1].event) is not None:
+            self._demand.wait_event(last)
+        self._submit(self._demand, work, len(work.chunks) - work.begun)
+
+    def _wait_on(self, stream: torch.cuda.Stream, after: Sequence[Work]) -> None:
+        for earlier in after:
+            if not isinstance(earlier, CudaWork) or earlier.finished:
+                continue
+            self._hand_over(earlier)  # else its last event would be none yet, and waiting for it nothing
+            if earlier.future is not None:
+                earlier.future.result()  # no stream can wait for the pool
+            elif not earlier.done and (last := earlier.moments[-1][1].event) is not None:
+                stream.wait_event(last)
+
+    def _moment(self, stream: torch.cuda.Stream) -> Moment:
+        """Now, on a stream."""
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return Moment(event, self._base)
+
+    def _anchor(self) -> tuple[torch.cuda.Event, float]:
+        """An event with the host's time of it: moments counted from it stay on the host's clock, and precise."""
+        self._compute.synchronize()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._compute)
+        event.synchronize()
+        return event, self.now_s()
+
+    def _note(self, work: CudaWork) -> None:
+        """Reads a work's times."""
+        for begin, end in work.moments:
+            self._tell(begin)
+            self._tell(end)
+        stretches = _joined([(begin.at_s, end.at_s) for begin, end in work.moments])
+        work.start_s, work.end_s = stretches[0][0], stretches[-1][1]
+        work.stretches = stretches if len(stretches) > 1 else ()
+        work.chunks, work.begun, work.moments = (), 0, []
+        work.finished = True
+
+    def _tell(self, moment: Moment) -> None:
+        """Reads a moment's time, and takes its event back."""
+        if moment.event is None:
+            return
+        base, base_s = moment.base
+        moment.at_s = base_s + base.elapsed_time(moment.event) / 1e3
+        self._spare.append(moment.event)
+        moment.event = None
 
     def _on_pool(self, work: CudaWork) -> None:
         with torch.inference_mode():
-            work.execute(self.now_s)
+            work.execute(self.now_s, never)
         work.finished = True
+
+
+def nothing() -> None:
+    """What is left of work that has run."""
+
+
+def never(work: Work) -> bool:
+    """Work on the pool makes way for none."""
+    return False
+
+
+def _joined(pieces: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Stretches of time, of pieces in their order: those that follow each other closely are one."""
+    stretches = [pieces[0]]
+    for start_s, end_s in pieces[1:]:
+        begun_s, last_s = stretches[-1]
+        if start_s - last_s <= SAME_STRETCH_S:
+            stretches[-1] = (begun_s, max(last_s, end_s))
+        else:
+            stretches.append((start_s, end_s))
+    return stretches

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from real.device import Device
 from real.executor import Executor, Predictions
-from real.generate import HookChain, Sampler, TextStream, generate, left_pad
+from real.generate import HookChain, Sampler, StopTexts, TextStream, generate, left_pad
+from real.memory import begin_peak, peak, told_when_full
 from real.models.load import LoadedModel
-from real.record import Collector, check_positions
+from real.record import Collector, check_positions, means_tensor
 from real.routing import Replay
 from real.store import DeviceSlots, HostStore
 from sim.controller import ExpertShape, OffloadController
 from sim.costs import Costs
-from sim.needs import check_causal
+from sim.needs import check_causal, router_means
 from sim.policies.base import Calibration
 from sim.results import RunResult
 from sim.run import build_controller, predicted_of, predictions_of, run_info
@@ -29,26 +31,38 @@ from traces.workload import Step, Workload, lock_step, router_scores
 
 @dataclass
 class Machine:
-    """A model ready to run under offloading: its dense part on the device, its experts on the host."""
+    """A model ready to run under offloading: its dense part on the device, its experts on the host.
+
+    ``grouped`` is for :func:`real.grouped.together`: None leaves it to that.
+    """
 
     loaded: LoadedModel
     device: Device
     store: HostStore
+    grouped: bool | None = None
     _slots: DeviceSlots | None = field(default=None, repr=False)
 
     @classmethod
     def prepare(
         cls, loaded: LoadedModel, device: Device, *, seed: int = 0, progress: Callable[[], None] | None = None
     ) -> Machine:
-        """Moves a model's experts to the host store and the rest to the device."""
+        """Moves a model's experts to the host store and the rest to the device.
+
+        Raises :class:`InputError`, with nothing left on the device, when that has not the memory.
+        """
         store = HostStore(loaded, pin=device.torch_device.type == "cuda", seed=seed, progress=progress)
-        loaded.model.to(device.torch_device)  # type: ignore[arg-type]
+        with told_when_full():
+            try:
+                loaded.model.to(device.torch_device)  # type: ignore[arg-type]
+            except torch.OutOfMemoryError:
+                loaded.model.to("meta")  # type: ignore[arg-type]
+                raise
         return cls(loaded, device, store)
 
     def slots(self, count: int) -> DeviceSlots:
         """``count`` empty slots on the device, allocated once and used again by the next run of that size.
 
-        Raises :class:`InputError` when the CPU plays the device and the host's free memory does not hold them.
+        Raises :class:`InputError` when the free memory does not hold them: the host's where the CPU plays the device.
         """
         if self._slots is None or len(self._slots) != count:
             if self._slots is not None:
@@ -58,7 +72,8 @@ class Machine:
                 needed = count * self.store.spec.expert_bytes
                 together = f"{count} slots of {needed / 1e9:.1f} GB together"
                 check_free(needed, "cache (or gpu-memory) must be lower: its slots", together)
-            self._slots = DeviceSlots(self.store, count, self.device.torch_device)
+            with told_when_full():
+                self._slots = DeviceSlots(self.store, count, self.device.torch_device)
         self._slots.clear()
         return self._slots
 
@@ -86,6 +101,7 @@ def decode(
     batch: int = 1,
     max_new_tokens: int = 64,
     sampler: Sampler | None = None,
+    stop: Sequence[str] = (),
     on_prompt: Callable[[int], None] = lambda first: None,
     on_text: Callable[[str], None] | None = None,
     progress: Callable[[], None] = lambda: None,
@@ -96,8 +112,9 @@ def decode(
 
     The trace has full scores and look-ahead with ``full_trace``, whose cost is a part of the measured dense time.
     ``on_prompt`` is told the index of a batch's first prompt before it is run, and ``on_text`` is handed the text of
-    that prompt's continuation as it grows; ``header`` fields go into the trace. Raises :class:`InputError` for a
-    system that has to know the future, and for more tokens than the model has positions.
+    that prompt's continuation as it grows; a continuation also ends with the first of the texts ``stop``. ``header``
+    fields go into the trace. Raises :class:`InputError` for a system that has to know the future, and for more tokens
+    than the model has positions. A residual router is corrected by the means that ``calibration`` was recorded with.
     """
     check_causal(system, calibration)
     check_host(system, budget)
@@ -105,26 +122,29 @@ def decode(
         raise InputError(f"batch must be at least 1, got {batch}")
     loaded = machine.loaded
     check_positions(loaded, encoded, max_new_tokens)
-    collector = Collector(loaded, lookahead_depth=3 if full_trace else 0, scores=full_trace)
+    stops = StopTexts(loaded.tokenizer, stop) if stop and loaded.tokenizer else None
+    means = router_means(calibration) if "residuals" in system.needs else ""
+    collector = Collector(loaded, lookahead_depth=3 if full_trace else 0, scores=full_trace, router_means=means)
     controller = _controller(loaded, system, budget, costs, calibration)
     tokens: list[list[int]] = []
     slots = machine.slots(controller.cache.total_slots)
-    with Executor(loaded, controller, machine.device, machine.store, slots=slots, listeners=[collector]) as executor:
+    residuals = means_tensor(means, loaded)
+    given: dict[str, Any] = {
+        "slots": slots,
+        "listeners": [collector],
+        "router_means": residuals,
+        "grouped": machine.grouped,
+    }
+    begin_peak(machine.device.torch_device)
+    with told_when_full(), Executor(loaded, controller, machine.device, machine.store, **given) as executor:
         hooks = HookChain(collector, executor, _Progress(progress))
         for start in range(0, len(encoded), batch):
             on_prompt(start)
-            ids, mask = left_pad(encoded[start : start + batch])
+            prompts = [loaded.as_run(one) for one in encoded[start : start + batch]]
+            ids, mask = (tensor.to(machine.device.torch_device) for tensor in left_pad(prompts))
             stream = TextStream(loaded.tokenizer, on_text) if on_text and loaded.tokenizer else None
-            outcome = generate(
-                loaded.model,
-                ids.to(machine.device.torch_device),
-                mask.to(machine.device.torch_device),
-                max_new_tokens=max_new_tokens,
-                eos_ids=loaded.eos_ids,
-                sampler=sampler,
-                hooks=hooks,
-                stream=stream,
-            )
+            ends: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": loaded.eos_ids, "stops": stops}
+            outcome = generate(loaded.model, ids, mask, **ends, sampler=sampler, hooks=hooks, stream=stream)
             tokens.extend(outcome.tokens)
     trace = collector.finish(**header)
     return _result(machine, executor, controller, lock_step(trace, batch)), trace, tokens
@@ -150,17 +170,23 @@ def replay(
     router = Replay(trace, loaded, device=machine.device.torch_device)
     controller = build_controller(workload, system, budget, costs, calibration)
     guide = _Guide(router, workload, predictions_of(trace, system.lookahead_depth))
-    with Executor(
-        loaded,
-        controller,
-        machine.device,
-        machine.store,
-        slots=machine.slots(controller.cache.total_slots),
-        listeners=[router],
-        forecast=guide.forecast,
-        scores=guide.scores,
-        steps=workload.steps,
-    ) as executor:
+    begin_peak(machine.device.torch_device)
+    with (
+        told_when_full(),
+        Executor(
+            loaded,
+            controller,
+            machine.device,
+            machine.store,
+            slots=machine.slots(controller.cache.total_slots),
+            listeners=[router],
+            forecast=guide.forecast,
+            scores=guide.scores,
+            steps=workload.steps,
+            router_means=_no_means(loaded) if "residuals" in system.needs else None,
+            grouped=machine.grouped,
+        ) as executor,
+    ):
         hooks = HookChain(guide, executor, _Progress(progress))
         for steps in _batches(workload):
             prompts, continuations = _tokens(trace, steps, loaded.spec.vocab)
@@ -170,12 +196,21 @@ def replay(
     return _result(machine, executor, controller, workload)
 
 
+def _no_means(loaded: LoadedModel) -> torch.Tensor:
+    """Means [L, H] that correct nothing: the forecast is the trace's, but adding them is a part of the cost."""
+    like = next(loaded.model.parameters())
+    return like.new_zeros((len(loaded.layers), loaded.spec.hidden))
+
+
 def check_host(system: SystemSpec, budget: Budget) -> None:
-    """Raises :class:`InputError` for experts on a disk and dense layers on the CPU, which only the simulator knows."""
+    """Raises :class:`InputError` for what only the simulator knows: experts on a disk, dense layers on the CPU,
+    deferral of experts to the next layer."""
     if budget.host_slots is not None:
         raise InputError(f"host_slots must be left out of a measured run, got {budget.host_slots}")
     if system.dense_follows:
         raise InputError("dense_follows must be left out of a measured run, where dense layers stay, got true")
+    if system.deferral:
+        raise InputError(f"place.defer must be 0 in a measured run, which changes no output, got {system.deferral}")
 
 
 class _Guide:
@@ -231,7 +266,8 @@ def _controller(
 def _result(machine: Machine, executor: Executor, controller: OffloadController, workload: Workload) -> RunResult:
     packages = ("numpy", "torch", "transformers")
     info = run_info("measured", workload, controller, hardware=machine.hardware, packages=packages)
-    return _from_zero(executor.log.result(info))
+    seen = {"peak": peak(machine.device.torch_device), "notes": [*info.notes, *executor.notes]}
+    return _from_zero(executor.log.result(info.model_copy(update=seen)))
 
 
 def _from_zero(run: RunResult) -> RunResult:

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
+from time import perf_counter
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from real.device import Device, Work
-from real.generate import NO_TOKEN
-from real.kernels import Kernel, gated, kernel_for
+from real.book import StepBook
+from real.device import Chunks, Device, Run, Work
+from real.grouped import Together, together
+from real.kernels import Kernel, kernel_for
 from real.models.load import LoadedModel
 from real.routing import RouteListener, RouterCall, RouterTap, lookahead, router_scores
 from real.store import DeviceSlots, HostStore
+from real.timing import TimedLayer
 from sim.controller import OffloadController
 from sim.engine import BEFORE
 from sim.logs import LayerRecord, RunLog
@@ -27,11 +30,12 @@ from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
 from sim.queues import LINK_WINDOW
 from sim.run import most_named
 from traces.schema import Phase
-from traces.workload import Step
+from traces.workload import Routing, Step
 
 IMPLEMENTATION = "moetwin_offload"
 """Name under which the executor stands in the experts interface of transformers."""
 
+NOTHING_ROUTED = Routing((), (), 0)
 Predictions = Sequence[Sequence[tuple[int, int]]]
 
 
@@ -42,6 +46,9 @@ class Executor:
     there, and with ``scores`` a layer's router scores (routing replay); the later layers' routers are run, and the
     model's own scores are read, all the same, because that is a part of the cost. With
     ``steps`` the forward passes are those of a known workload, and are written down under its sequence numbers.
+    ``router_means`` [L, H] correct the look-ahead, as :func:`real.routing.lookahead` does. A layer's resident experts
+    are computed together where :func:`real.grouped.together` allows it, which takes ``grouped``; ``notes`` tells what a
+    reader of the run has to know of that.
     """
 
     def __init__(
@@ -56,6 +63,8 @@ class Executor:
         forecast: Callable[[int], Predictions] | None = None,
         scores: Callable[[int], Any] | None = None,
         steps: Sequence[Step] | None = None,
+        router_means: Tensor | None = None,
+        grouped: bool | None = None,
     ) -> None:
         self.log = RunLog()
         self.slots = slots or DeviceSlots(store, controller.cache.total_slots, device.torch_device)
@@ -63,31 +72,39 @@ class Executor:
         self._forecast, self._scores_at, self._known = forecast, scores, steps
         self._scored = "scores" in controller.system.needs
         self._scores: Any = None
-        self._act = loaded.family.act_fn(loaded.config)
+        self._run_expert = store.form.run
         self._routers = [layer.router for layer in loaded.layers]
-        self._listeners = listeners
+        self._listeners, self._router_means = listeners, router_means
         self._synchronous = controller.system.synchronous
+        self._grouped = False if self._synchronous else grouped
+        self._together: Together | None = None
+        self.notes: list[str] = []
         self._depth = controller.system.lookahead_depth
         self._prefetching = controller.system.prefetch != "none" and not self._synchronous
         self._predictions: Predictions = ()
-        self._book = _StepBook()
+        self._book = StepBook()
         self._real: Tensor | None = None
+        self._bounds = _bounds(store.expert(0, 0), device.chunk_bytes)
         self._works: dict[int, Work] = {}
         self._loads: dict[int, Work] = {}  # by slot: what has filled it last
+        self._reads: dict[int, Work] = {}  # by slot: what has read it last
         self._prefetches: list[_Prefetch] = []
         self._saves: list[tuple[Operation, Work, LayerRecord]] = []
-        self._layers: list[_Layer] = []
+        self._layers: list[TimedLayer] = []
         self._record = LayerRecord(0, 0)
+        self._idle_s = self._routed_s = 0.0  # waited in this layer, and spent at its router
         self._step_mark: Any = None
         self._dense_mark: Any = None
 
     def __enter__(self) -> Executor:
+        self._together, self.notes = together(self._store, self.slots, self._device, self._grouped)
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
         self._implementation = self._loaded.config._experts_implementation
         for layer in self._loaded.layers:
             layer.experts.moetwin = (self, layer.index)  # type: ignore[assignment]
         self._loaded.model.set_experts_implementation(IMPLEMENTATION)
-        self._tap = RouterTap(self._loaded.layers, *self._listeners, self).__enter__()
+        told = [*self._listeners, *([self] if self._scored or self._depth else [])]
+        self._tap = RouterTap(self._loaded.layers if told else (), *told).__enter__()
         self._preload()
         return self
 
@@ -105,6 +122,7 @@ class Executor:
 
     def _preload(self) -> None:
         """Loads what the system wants to be there before the first step."""
+        self._device.settle()  # the slots are cleared by compute, which must not meet the copies
         works = []
         for operation in self._controller.preload():
             work = self._load(operation)
@@ -125,57 +143,76 @@ class Executor:
         mark = self._device.mark()
         self._device.settle()
         start_s, end_s = self._device.time_of(self._step_mark), self._device.time_of(mark)
-        records = [self._resolve(layer) for layer in self._layers]
+        records = [layer.resolve(self.log, self._device.time_of) for layer in self._layers]
         self._layers.clear()
         self._poll()
         self._note_saves()
         head = LayerRecord(self._book.index, len(records))
-        self._event_at("gpu", "head", head, records[-1].end_s, end_s)
+        self.log.event("gpu", "head", head, -1, records[-1].end_s, end_s)
         step = self._book.end(next_tokens)
         step = step if self._known is None else self._known[step.index]
         self.log.step(step, start_s, end_s, end_s - records[-1].end_s, records)
 
     def on_route(self, call: RouterCall) -> None:
         """Reads a router's scores and looks ahead from its input when the system needs it; never changes the choice."""
+        self._routed_s = 0.0
         if self._scored:
             scores = router_scores(call.logits)
             real = scores if self._real is None else scores[self._real.cpu().numpy()]
             self._scores = real.astype("float64") if self._scores_at is None else self._scores_at(call.layer)
         if not self._depth:
             return
-        ids = lookahead(call.hidden, call.layer, self._depth, self._routers, call.ids.shape[-1])
+        width, means = call.ids.shape[-1], self._router_means
+        ids = lookahead(call.hidden, call.layer, self._depth, self._routers, width, means)
         if self._forecast is not None:
             self._predictions = self._forecast(call.layer)
             return
         rows = ids if self._real is None else ids[self._real]
-        self._predictions = [most_named(rows[:, ahead].flatten().tolist()) for ahead in range(self._depth)]
+        named = rows.transpose(0, 1).flatten(1).tolist()  # by distance
+        began_s = perf_counter()
+        self._predictions = [most_named(experts) for experts in named]
+        self._routed_s = perf_counter() - began_s
 
     def experts(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The output [T, H] of one layer's experts for ``hidden`` [T, H], ``ids`` and ``weights`` [T, k]."""
-        begun = self._device.mark()
+        if len(self._layers) < layer:
+            self._pass_over(layer)
+        began_s, begun = perf_counter(), self._device.mark()
+        if self._prefetches:
+            self._device.flush()  # so that the link has work while the choice is awaited
         kernel = kernel_for(self.compute, hidden, ids, weights, self._real)
-        self._poll()
+        self._idle_s = kernel.read_s
+        if self._prefetches:
+            self._poll()
+            self._withdraw()
         routing = kernel.routing._replace(scores=self._scores) if self._scored else kernel.routing
-        plan = self._controller.plan_layer(layer, routing, self._predictions)
         record = self._record = LayerRecord(self._book.index, layer)
-        record.plan = plan
+        record.plan = plan = self._controller.plan_layer(layer, routing, self._predictions)
         works = self._submit(plan, kernel, record)
         computed = [work for operation, work in works if operation.op != COPY]
-        self._device.wait(computed, self._pull if self._prefetching else None)
+        self._wait(computed, self._pull if self._prefetching else None)
         result = kernel.result()
+        self._works = {number: work for number, work in self._works.items() if work.resource in LINKS and not work.done}
         ended = self._device.mark()
-        self._layers.append(_Layer(record, works, self._dense_mark, begun, ended))
-        self._works = {number: work for number, work in self._works.items() if not work.done}
+        self._layers.append(TimedLayer(record, works, self._dense_mark, begun, ended))
         self._dense_mark = ended
+        record.python_s = self._routed_s + perf_counter() - began_s - self._idle_s
         return result
+
+    def _pass_over(self, layer: int) -> None:
+        """Plans the layers before ``layer`` that this pass did not call, an encoder's, as nothing is routed there."""
+        for passed in range(len(self._layers), layer):
+            record, mark = LayerRecord(self._book.index, passed), self._dense_mark
+            record.plan = self._controller.plan_layer(passed, NOTHING_ROUTED)
+            self._layers.append(TimedLayer(record, [], mark, mark, mark))
 
     def compute(self, operation: Operation, hidden: Tensor) -> Tensor:
         """One expert on rows [n, H]: on the device from its slot, or on the CPU from the host store."""
         if operation.op == GPU:
-            gate_up, down = self.slots.read(operation.slot, operation.layer, operation.expert)
+            weights = self.slots.read(operation.slot, operation.layer, operation.expert)
         else:
-            gate_up, down = self._store.views(self._store.expert(operation.layer, operation.expert))
-        return gated(self._act, gate_up, down, hidden)
+            weights = self._store.views(self._store.expert(operation.layer, operation.expert))
+        return self._run_expert(weights, hidden)
 
     def _finish(self, *, failed: bool) -> None:
         """Leaves the device with nothing to do: prefetches nobody waited for still end, unless the run has failed."""
@@ -190,33 +227,62 @@ class Executor:
 
     def _submit(self, plan: LayerPlan, kernel: Kernel, record: LayerRecord) -> list[tuple[Operation, Work]]:
         """Hands a plan to the device: without waiting, or one operation after the other in synchronous mode."""
-        self._promote(plan)
-        works = []
+        if self._prefetches:
+            self._promote(plan)
+        works, step, note, begun = [], record.step, self.log.operation, self._works
+        group = self._together.among(plan.operations) if self._together else None
         for operation in plan.operations:
             if operation.op == EVICT and not operation.bytes:
-                self.log.operation(record.step, operation)
+                note(step, operation)
                 continue
-            work = self._works[operation.id] = self._start(operation, kernel)
-            self.log.operation(record.step, _as_taken(operation, work))
+            if group and operation.op == GPU and not operation.after:
+                work = begun.get(operation.id) or self._start_together(group, kernel)
+            else:
+                work = begun[operation.id] = self._start(operation, kernel)
+            note(step, _as_taken(operation, work))
             if operation.op != EVICT:
                 works.append((operation, work))
             if self._synchronous:
-                self._device.wait([work])
-        self._pull()
+                self._wait([work], alone=True)
+        if self._prefetching:
+            self._pull()
         return works
+
+    def _wait(self, works: Sequence[Work], on_copy: Run | None = None, *, alone: bool = False) -> None:
+        """Waits, and notes for how long; ``alone``: until nothing else is under way, also where devices only order."""
+        began_s = perf_counter()
+        self._device.wait(works, on_copy)
+        if alone:
+            self._device.settle()
+        self._idle_s += perf_counter() - began_s
 
     def _start(self, operation: Operation, kernel: Kernel) -> Work:
         if operation.op == GPU:
-            return self._device.gpu(partial(kernel.run, operation), self._awaited(operation))
+            work = self._device.gpu(partial(kernel.run, operation), self._awaited(operation))
+            self._reads[operation.slot] = work
+            return work
         if operation.op == CPU:
             return self._device.cpu(kernel.on_cpu(operation))
         return self._save(operation) if operation.op == EVICT else self._load(operation)
 
+    def _start_together(self, group: Sequence[Operation], kernel: Kernel) -> Work:
+        """Starts what waits for nothing, at the place of the first: whatever follows any of them follows them all."""
+        assert self._together is not None
+        work = self._device.gpu(partial(kernel.run_together, group, self._together.compute), ())
+        for operation in group:
+            self._works[operation.id] = self._reads[operation.slot] = work
+        return work
+
     def _load(self, operation: Operation) -> Work:
-        """Starts a copy to the device."""
-        load = partial(self.slots.load, operation.slot, operation.layer, operation.expert)
-        work = self._device.copy(load, self._awaited(operation), prefetch=operation.prefetch)
-        self._loads[operation.slot] = work
+        """Starts a copy to the device, after what has read the slot last; a prefetch goes in chunks."""
+        slot, place = operation.slot, (operation.slot, operation.layer, operation.expert)
+        load: Run | Chunks = partial(self.slots.load, *place)
+        if operation.prefetch and len(self._bounds) > 1:
+            load = [partial(self.slots.load_part, *place, start, stop) for start, stop in self._bounds]
+        after = self._awaited(operation)
+        if slot in self._reads and not self._reads[slot].done:
+            after.append(self._reads[slot])
+        work = self._loads[slot] = self._device.copy(load, after, prefetch=operation.prefetch)
         return work
 
     def _save(self, operation: Operation) -> Work:
@@ -231,8 +297,6 @@ class Executor:
 
     def _promote(self, plan: LayerPlan) -> None:
         """Prefetches that this layer turns out to wait for need not stand back any longer."""
-        if not self._prefetches:
-            return
         waited = {number for operation in plan.operations if operation.op == GPU for number in operation.after}
         self._device.promote([one.work for one in self._prefetches if one.operation.id in waited])
 
@@ -246,16 +310,24 @@ class Executor:
                 self._controller.on_arrival(one.operation)
         for one in [one for one in self._prefetches if one.reported and one.work.finished]:
             self._prefetches.remove(one)
-            self._event("prefetch", one.record, one.operation.expert, one.work)
+            for stretch in one.work.stretches or [(one.work.start_s, one.work.end_s)]:
+                self.log.event("link", "prefetch", one.record, one.operation.expert, *stretch)
+
+    def _withdraw(self) -> None:
+        """Takes back prefetches that have not begun: with the choice of this layer known, they are decided anew."""
+        taken = self._device.withdraw([one.work for one in self._prefetches])
+        for one in [one for one in reversed(self._prefetches) if one.work in taken]:
+            self._prefetches.remove(one)
+            del self._works[one.operation.id]
+            self.log.withdrawn(one.operation)
+            self._controller.on_withdrawal(one.operation)
 
     def _pull(self) -> None:
         """Asks for prefetches while the link has room."""
-        if self._prefetching:
-            self._poll()
-            while self._outstanding() < LINK_WINDOW and (operations := self._controller.next_transfer()):
-                for operation in operations:
-                    self.log.operation(self._record.step, self._ahead(operation))
-        self._device.flush()
+        self._poll()
+        while self._outstanding() < LINK_WINDOW and (operations := self._controller.next_transfer()):
+            for operation in operations:
+                self.log.operation(self._record.step, self._ahead(operation))
 
     def _ahead(self, operation: Operation) -> Operation:
         """Starts a prefetch, or the eviction that makes room for it, and returns it as the device took it."""
@@ -272,54 +344,17 @@ class Executor:
             if work.error is not None:
                 raise work.error
             if work.finished:
-                self._event("write-back", record, operation.expert, work)
+                self.log.event(work.resource, "write-back", record, operation.expert, work.start_s, work.end_s)
         self._saves = [one for one in self._saves if not one[1].finished]
 
     def _outstanding(self) -> int:
         """Copies submitted and not ended."""
         return sum(work.resource == "link" and not work.done for work in self._works.values())
 
-    def _resolve(self, layer: _Layer) -> LayerRecord:
-        """Turns a layer's marks and works into seconds and event rows."""
-        record, time_of = layer.record, self._device.time_of
-        dense_s, begun_s, record.end_s = time_of(layer.dense), time_of(layer.begun), time_of(layer.ended)
-        record.dense_s = begun_s - dense_s
-        first_s, last_s = record.end_s, begun_s
-        self._event_at("gpu", "dense", record, dense_s, begun_s)
-        for operation, work in layer.works:
-            busy_s = work.end_s - work.start_s
-            self._event("copy" if operation.op == COPY else "expert", record, operation.expert, work)
-            first_s = min(first_s, work.start_s)
-            if operation.op == COPY:
-                record.transfer_s += busy_s
-                continue
-            last_s = max(last_s, work.end_s)
-            if operation.op == GPU:
-                record.gpu_s += busy_s
-            else:
-                record.cpu_s += busy_s
-        record.host_s = max(0.0, first_s - begun_s) + max(0.0, record.end_s - max(last_s, first_s))
-        self._event_at("host", "plan", record, begun_s, first_s)
-        return record
 
-    def _event(self, kind: str, record: LayerRecord, expert: int, work: Work) -> None:
-        self.log.event(work.resource, kind, record, expert, work.start_s, work.end_s)
-
-    def _event_at(self, resource: str, kind: str, record: LayerRecord, start_s: float, end_s: float) -> None:
-        self.log.event(resource, kind, record, -1, start_s, end_s)
-
-
+LINKS = ("link", "link-back")
+"""Resources whose work may outlast its layer: what waits for a computation is of the same layer."""
 _OP_ON = {"gpu": GPU, "cpu": CPU, "link": COPY, "link-back": EVICT}
-
-
-class _Layer(NamedTuple):
-    """A layer whose times are read at the end of its step: marks of its dense part's begin, its router, its end."""
-
-    record: LayerRecord
-    works: list[tuple[Operation, Work]]
-    dense: Any
-    begun: Any
-    ended: Any
 
 
 class _Prefetch:
@@ -330,46 +365,16 @@ class _Prefetch:
         self.reported = False
 
 
-class _StepBook:
-    """Numbers forward passes and sequences as they come by; every prefill begins new sequences, one a lane."""
-
-    def __init__(self) -> None:
-        self.index = -1
-        self._sequences = 0
-        self._first = 0
-        self._step: Step | None = None
-
-    def begin(self, phase: Phase, mask: Tensor, positions: Tensor) -> Step:
-        """A pass over ``mask`` [B, S] of real tokens at ``positions`` [B, S] begins."""
-        self.index += 1
-        if phase == Phase.PREFILL:
-            self._first, self._sequences = self._sequences, self._sequences + len(mask)
-        counts = mask.sum(dim=1).tolist()
-        active = [lane for lane, count in enumerate(counts) if count]
-        sequences = tuple(self._first + lane for lane in active)
-        self._step = Step(
-            index=self.index,
-            phase=phase,
-            rows=torch.empty(0, dtype=torch.int64).numpy(),
-            sequences=sequences,
-            tokens=tuple(counts[lane] for lane in active),
-            context=int(positions.max()) + 1,
-            starts=sequences if phase == Phase.PREFILL else (),
-            ends=(),
-        )
-        return self._step
-
-    def end(self, next_tokens: list[int]) -> Step:
-        """The pass has ended; lanes without a next token end with it."""
-        step = self._step
-        assert step is not None, "a pass that ends has begun"
-        ends = tuple(one for one in step.sequences if next_tokens[one - self._first] == NO_TOKEN)
-        return Step(step.index, step.phase, step.rows, step.sequences, step.tokens, step.context, step.starts, ends)
-
-
 def _experts_forward(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     executor, layer = cast("tuple[Executor, int]", module.moetwin)
     return executor.experts(layer, hidden, ids, weights)
+
+
+def _bounds(flat: Tensor, chunk_bytes: int) -> list[tuple[int, int]]:
+    """Where each chunk of a flat expert begins and ends, in elements; ``chunk_bytes`` 0: in one."""
+    elements = len(flat)
+    chunk = max(1, chunk_bytes // flat.element_size()) if chunk_bytes else elements
+    return [*pairwise([*range(0, elements, chunk), elements])]
 
 
 def _as_taken(operation: Operation, work: Work) -> Operation:

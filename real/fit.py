@@ -15,14 +15,15 @@ from scipy.optimize import nnls
 
 from sim.results import RunResult
 from sim.spec import HostSpec
-from sim.spec.profile import DensePoint, Point, Slowdown
+from sim.spec.profile import DensePoint, Point
 from traces.schema import Phase
 
 RESOURCES = ("gpu", "link", "cpu")
-MOST_SLOPE = 0.9
-"""Share of an overlap that may be lost: a piece of work never runs slower than ten times."""
-ALONE, BESIDE, ENOUGH = 0.05, 0.5, 8
-"""A piece ran alone up to this share of overlap, and beside another from that; fewer pieces tell nothing."""
+ALONE, ENOUGH = 0.05, 8
+"""A piece ran alone up to this share of overlap; fewer pieces tell nothing."""
+MOST_GAP_S = 50e-6
+TURNS, CLOSE = 30, 1e-6
+"""Turns of a robust fit, and the share of the median value below which deviations all count the same."""
 
 Floats = npt.NDArray[np.float64]
 Repeats = Sequence[RunResult]
@@ -48,11 +49,17 @@ def token_s(repeats: Repeats) -> float:
 
 
 def pieces(run: RunResult) -> pd.DataFrame:
-    """Copies and experts of a run: seconds, tokens, and the seconds during which each other resource was busy."""
+    """Copies and experts of a run: seconds, tokens, and the seconds during which each other resource was busy.
+
+    What a lane takes to go from one piece of a layer to the next, which is less than :data:`MOST_GAP_S`, is counted
+    with the next piece; a longer gap was spent waiting.
+    """
     events = run.events[run.events.resource.isin(RESOURCES)]
     tokens = run.operations[run.operations.op != "copy"].set_index(["step", "layer", "expert"]).tokens
     covers = {name: _cover(events[events.resource == name]) for name in RESOURCES}
-    rows = events[events.kind.isin(("expert", "copy"))].copy()
+    rows = events[events.kind.isin(("expert", "copy"))].sort_values("start_s").copy()
+    before_s = rows.start_s - rows.groupby(["resource", "step", "layer"]).end_s.shift()
+    rows["start_s"] -= before_s.where(before_s.between(0.0, MOST_GAP_S), 0.0)  # nan where nothing came before
     rows["seconds"] = rows.end_s - rows.start_s
     for name, (times, busy_s) in covers.items():
         inside = np.interp(rows.end_s, times, busy_s) - np.interp(rows.start_s, times, busy_s)
@@ -65,15 +72,10 @@ def pieces(run: RunResult) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Fit:
-    """Seconds of an undisturbed piece of work, and the share of an overlap that is lost to each other resource.
-
-    ``clipped`` names resources beside which more was lost than :data:`MOST_SLOPE`, and that count with that only.
-    """
+    """Seconds of an undisturbed piece of work, and those of all pieces."""
 
     base_s: float
-    lost: dict[str, float]
     seconds: Floats
-    clipped: tuple[str, ...] = ()
 
     def point(self, size: int) -> Point:
         """The undisturbed seconds as a point of a profile, with the spread of all pieces beside it."""
@@ -85,38 +87,35 @@ class Fit:
             repeats=len(self.seconds),
         )
 
-    def slowdown(self, resource: str, others: tuple[str, ...]) -> Slowdown:
-        """The factor by which work on ``resource`` takes longer while ``others`` are busy."""
-        lost = min(MOST_SLOPE, sum(self.lost.get(name, 0.0) for name in others))
-        return Slowdown(resource=resource, others=others, factor=1.0 / (1.0 - lost))
-
 
 def fit(rows: pd.DataFrame, otherwise: Point) -> Fit:
-    """Undisturbed seconds, from pieces that ran alone, and what is lost beside each other resource.
+    """Undisturbed seconds, from pieces that ran alone; of few such ones, the tenth percentile of all.
 
     Without rows it is the point ``otherwise``.
-
-    A piece of work w that shares o of its d seconds with another resource, at 1 / f of its speed, takes
-    d = w + o (1 - 1 / f): with w known, every piece with enough overlap gives an estimate of 1 - 1 / f.
     """
     if rows.empty:
-        return Fit(otherwise.value_s, {}, np.array([otherwise.median_s]))
+        return Fit(otherwise.value_s, np.array([otherwise.median_s]))
     seconds = rows.seconds.to_numpy(float)
-    beside = {name: rows[f"beside_{name}"].to_numpy(float) for name in RESOURCES}
-    shared = sum(beside.values()) / seconds
+    shared = sum(rows[f"beside_{name}"].to_numpy(float) for name in RESOURCES) / seconds
     alone = seconds[shared <= ALONE]
-    base_s = float(np.median(alone)) if len(alone) >= ENOUGH else float(np.quantile(seconds, 0.1))
-    lost: dict[str, float] = {}
-    clipped = []
-    for name, overlap_s in beside.items():
-        others_s = sum(beside.values()) - overlap_s
-        fitting = (overlap_s >= BESIDE * seconds) & (others_s <= ALONE * seconds)
-        if fitting.sum() >= ENOUGH:
-            share = float(np.median((seconds[fitting] - base_s) / overlap_s[fitting]))
-            lost[name] = min(max(share, 0.0), MOST_SLOPE)
-            if share > MOST_SLOPE:
-                clipped.append(name)
-    return Fit(base_s, lost, seconds, tuple(clipped))
+    return Fit(float(np.median(alone)) if len(alone) >= ENOUGH else float(np.quantile(seconds, 0.1)), seconds)
+
+
+def _factors(terms: Floats, values: Floats) -> list[float]:
+    """Factors, none below 0, with which ``terms`` [N, F] add up to ``values`` [N] with the least absolute deviations,
+    which do not follow outliers; 0 for a term that fewer than :data:`ENOUGH` of the rows have.
+
+    Least squares over and over, each row weighing as much less as the turn before left it farther off.
+    """
+    factors, known = np.zeros(terms.shape[1]), (terms > 0).sum(axis=0) >= ENOUGH
+    if not known.any():
+        return factors.tolist()
+    scale = max(float(np.median(np.abs(values))), 1e-12)
+    weights = np.ones(len(values))
+    for _ in range(TURNS):
+        factors[known] = nnls(terms[:, known] * weights[:, None], values * weights)[0]
+        weights = 1.0 / np.sqrt(np.maximum(np.abs(values - terms @ factors), CLOSE * scale))
+    return [float(factor) for factor in factors]
 
 
 def shifted(points: Sequence[Point], base: Fit) -> tuple[Point, ...]:
@@ -153,20 +152,22 @@ def head(workloads: Sequence[Repeats]) -> tuple[Point, ...]:
 
 
 def host(workloads: Sequence[Repeats], joins_layers: bool) -> HostSpec:
-    """What the controller costs, as a line over the operations of decode layers, and waking up at a layer's end."""
-    rows = pd.concat([_host_rows(run, repeats) for repeats in workloads for run in repeats])
-    counts, seconds = rows.operations.to_numpy(float), rows.before_s.to_numpy(float)
-    terms, _ = nnls(np.column_stack([np.ones(len(rows)), counts]), seconds)
-    off = np.abs(seconds - terms[0] - terms[1] * counts)
-    near = off <= 4 * float(np.median(off))
-    terms, _ = nnls(np.column_stack([np.ones(near.sum()), counts[near]]), seconds[near])
+    """What the controller costs, as a line over the operations of decode layers, and waking up at a layer's end; both
+    with what is added where the CPU computes."""
+    rows = pd.concat([best_rows(repeats, [_host_rows(run) for run in repeats]) for repeats in workloads])
+    counts, on_cpu = rows.operations.to_numpy(float), rows.on_cpu.to_numpy(float)
+    before = _factors(np.column_stack([np.ones(len(rows)), counts, on_cpu]), rows.before_s.to_numpy(float))
+    after_s = max(0.0, float(rows.after_s[~rows.on_cpu].median()))
+    later_s = float(rows.after_s[rows.on_cpu].median()) if rows.on_cpu.sum() >= ENOUGH else after_s
     return HostSpec(
         source="measured in calibration runs",
         layer_s=0.0,
         readback_s=0.0,
-        controller_s=float(terms[0]),
-        operation_s=float(terms[1]),
-        join_s=max(0.0, float(rows.after_s.median())),
+        controller_s=before[0],
+        operation_s=before[1],
+        cpu_s=before[2],
+        join_s=after_s,
+        cpu_join_s=max(0.0, later_s - after_s),
         joins_layers=joins_layers,
     )
 
@@ -201,11 +202,13 @@ def _dense_point(tokens: int, steps: pd.DataFrame) -> DensePoint:
     )
 
 
-def _host_rows(run: RunResult, repeats: Repeats) -> pd.DataFrame:
+def _host_rows(run: RunResult) -> pd.DataFrame:
     """Decode layers of a run: their operations, and the host's seconds before their work begins and after it ends."""
     keys = ["step", "layer"]
     layers = run.layers[run.layers.phase == int(Phase.DECODE)].set_index(keys)
     plans = run.events[run.events.kind == "plan"].set_index(keys)
     before_s = (plans.end_s - plans.start_s).reindex(layers.index)
     counts = run.operations.groupby(keys).size().reindex(layers.index, fill_value=0)
-    return pd.DataFrame({"operations": counts, "before_s": before_s, "after_s": layers.host_s - before_s})
+    after_s, on_cpu = layers.host_s - before_s, layers.cpu_experts > 0
+    rows = pd.DataFrame({"operations": counts, "before_s": before_s, "after_s": after_s, "on_cpu": on_cpu})
+    return rows.reset_index()

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from real.checks import check_temperature
 from traces.errors import InputError
@@ -114,6 +114,23 @@ class TextStream:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+class StopTexts:
+    """Whether the tokens of a continuation have just come to hold one of some texts.
+
+    The texts are sought in the last tokens, of which each has a byte of text or more, unless it is a special one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
+        self._most = 2 + max(len(text.encode()) for text in texts)
+
+    def __call__(self, tokens: Sequence[int]) -> bool:
+        last = self._tokenizer.decode(
+            [*tokens[-self._most :]], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return any(text in last for text in self._texts)
+
+
 @dataclass
 class Generation:
     """What was generated: each lane's new tokens, the number of forward passes, and their last logits if asked for."""
@@ -141,6 +158,7 @@ def generate(
     *,
     max_new_tokens: int | None = None,
     eos_ids: Collection[int] = (),
+    stops: Callable[[Sequence[int]], bool] | None = None,
     sampler: Sampler | None = None,
     hooks: StepHooks | None = None,
     forced_tokens: Sequence[Sequence[int]] | None = None,
@@ -149,16 +167,17 @@ def generate(
 ) -> Generation:
     """Decodes a left-padded batch ``input_ids`` [B, S] in lock-step: prefill is step 0, every further token one step.
 
-    A lane ends with a token of ``eos_ids`` or after ``max_new_tokens``; its last token is not run through the model.
-    It then idles, out of the hooks' mask, until all lanes have ended. With ``forced_tokens`` (the tokens that follow,
-    for each lane) nothing is chosen: every given token *is* run through the model, as in their recording.
+    A lane ends with a token of ``eos_ids``, when ``stops`` says so of its new tokens, or after ``max_new_tokens``; its
+    last token is not run through the model. It then idles, out of the hooks' mask, until all lanes have ended. With
+    ``forced_tokens`` (the tokens that follow, for each lane) nothing is chosen: every given token *is* run through the
+    model, as in their recording. An encoder-decoder reads a prompt's tokens but the last, which begins what it writes.
     Raises :class:`InputError` unless exactly one of ``max_new_tokens`` (at least 1) and ``forced_tokens`` is given.
     """
-    lanes = _Lanes(len(input_ids), max_new_tokens, frozenset(eos_ids), forced_tokens)
+    lanes = _Lanes(len(input_ids), max_new_tokens, frozenset(eos_ids), forced_tokens, stops)
     choose = sampler or Sampler()
     generation = Generation(tokens=lanes.tokens, steps=0)
     with torch.inference_mode():
-        batch = _Batch(model, input_ids, attention_mask)
+        batch = (_ReadBatch if model.config.is_encoder_decoder else _Batch)(model, input_ids, attention_mask)
         while True:
             if hooks is not None:
                 phase = Phase.PREFILL if generation.steps == 0 else Phase.DECODE
@@ -184,7 +203,12 @@ class _Lanes:
     """Which lanes go on, and with which token."""
 
     def __init__(
-        self, count: int, limit: int | None, eos_ids: frozenset[int], forced: Sequence[Sequence[int]] | None
+        self,
+        count: int,
+        limit: int | None,
+        eos_ids: frozenset[int],
+        forced: Sequence[Sequence[int]] | None,
+        stops: Callable[[Sequence[int]], bool] | None,
     ) -> None:
         if (limit is None) == (forced is None):
             raise InputError("generate must be given either max_new_tokens or forced_tokens")
@@ -197,6 +221,7 @@ class _Lanes:
         self._limit = limit
         self._eos_ids = eos_ids
         self._forced = forced
+        self._stops = stops
 
     def advance(self, choose: Callable[[], list[int]]) -> list[int]:
         """The next token of every lane (``NO_TOKEN`` for ended ones); a lane is alive while its token is to be run."""
@@ -213,7 +238,10 @@ class _Lanes:
         return [tokens[at] if at < len(tokens) else NO_TOKEN for tokens, at in zip(forced, done, strict=True)]
 
     def _ends(self, lane: int, token: int) -> bool:
-        return self._limit is not None and (token in self._eos_ids or len(self.tokens[lane]) >= self._limit)
+        if self._limit is None:
+            return False
+        tokens = self.tokens[lane]
+        return token in self._eos_ids or len(tokens) >= self._limit or (self._stops is not None and self._stops(tokens))
 
 
 class _Batch:
@@ -221,7 +249,7 @@ class _Batch:
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
         self._model = model
-        self._cache = DynamicCache(config=model.config)
+        self._cache: Cache = DynamicCache(config=model.config)
         self._attention = attention_mask.to(model.device, torch.long)
         self._padded = not bool(attention_mask.all())
         self.token_ids = input_ids.to(model.device)
@@ -251,3 +279,40 @@ class _Batch:
         self.positions = self.positions[:, -1:] + self.mask.long()
         # an ended lane's idle tokens need no masking here: only that lane could attend to them
         self._attention = torch.cat([self._attention, torch.ones_like(self.token_ids)], dim=-1)
+
+
+class _ReadBatch(_Batch):
+    """The same of an encoder-decoder: the first step's rows are those of the encoder, then the decoder's first token.
+
+    The encoder's are padded on the right, where they take no expert's capacity from others.
+    """
+
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Raises :class:`InputError` for a prompt of one token, which leaves the encoder nothing to read."""
+        if int(attention_mask.sum(dim=-1).min()) < 2:
+            raise InputError("prompt must have two tokens or more, the last of which begins what is written, got one")
+        order = attention_mask[:, :-1].argsort(dim=-1, descending=True, stable=True)  # padding last
+        order = torch.cat([order, torch.full_like(order[:, :1], order.shape[1])], dim=-1)
+        super().__init__(model, input_ids.gather(-1, order), attention_mask.gather(-1, order))
+        self._cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+        self._attention = self._attention[:, :-1]
+        self._encoded: object = None
+
+    def forward(self) -> Tensor:
+        mask = self._attention if self._padded else None
+        if self._encoded is None:
+            self._encoded = self._model.get_encoder()(input_ids=self.token_ids[:, :-1], attention_mask=mask)
+        output = self._model(
+            encoder_outputs=self._encoded,
+            attention_mask=mask,
+            decoder_input_ids=self.token_ids[:, -1:],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def extend(self, next_tokens: list[int], alive: list[bool]) -> None:
+        read = self._attention  # it does not grow with what is written
+        super().extend(next_tokens, alive)
+        self._attention = read

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sim.plan import Operation
 from traces.schema import NOT_ROUTED
@@ -20,12 +21,16 @@ from traces.workload import Routing
 
 Compute = Callable[[Operation, Tensor], Tensor]
 """Computes an operation's expert on rows [n, H]."""
+ComputeTogether = Callable[[Sequence[Operation], Tensor], Tensor]
+"""Computes the experts of several operations on rows [N, H], which stand in the order of these."""
 
 
 class Kernel(ABC):
     """What a layer's operations compute with; ``routing`` is the layer's."""
 
     routing: Routing
+    read_s = 0.0
+    """Seconds of waiting for the router's choice."""
 
     def __init__(self, compute: Compute, hidden: Tensor, weights: Tensor) -> None:
         """``hidden`` [T, H] is the layer's input, ``weights`` [T, k] are those of the chosen experts."""
@@ -37,24 +42,46 @@ class Kernel(ABC):
         expert = operation.expert
         self._put(expert, self._compute(operation, self._rows(expert)))
 
+    def run_together(self, operations: Sequence[Operation], compute: ComputeTogether) -> None:
+        """Computes several experts on the device at once."""
+        rows = [self._rows(operation.expert) for operation in operations]
+        outputs = compute(operations, torch.cat(rows)).split([len(own) for own in rows])
+        for operation, output in zip(operations, outputs, strict=True):
+            self._put(operation.expert, output)
+
     def on_cpu(self, operation: Operation) -> Callable[[], None]:
-        """Fetches one expert's rows to the host, and returns the work that computes them there."""
-        rows = self._rows(operation.expert).cpu()
+        """Sends one expert's rows to the host, and returns the work that computes them there."""
+        rows, expert = self._rows_on_cpu(operation.expert), operation.expert
 
         def run() -> None:
-            self._from_cpu.append((operation.expert, self._compute(operation, rows)))
+            output = self._compute(operation, rows())
+            self._from_cpu.append((expert, output.pin_memory() if self._hidden.is_cuda else output))
 
         return run
 
     def result(self) -> Tensor:
         """The sum [T, H] over every token's experts, when all have been computed (or are ordered before this)."""
         for expert, output in self._from_cpu:
-            self._put(expert, output.to(self._hidden.device))
+            self._put(expert, output.to(self._hidden.device, non_blocking=True))
         return self._sum()
 
     @abstractmethod
     def _rows(self, expert: int) -> Tensor:
         """The rows [n, H] that ``expert`` gets."""
+
+    def _rows_on_cpu(self, expert: int) -> Callable[[], Tensor]:
+        """The same on the host."""
+        return on_host(self._rows(expert))
+
+    def _read(self, *tensors: Tensor) -> list[Any]:
+        """The values of ``tensors``, by one wait for the device."""
+        began_s = perf_counter()
+        if tensors[0].is_cuda:
+            tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+            torch.cuda.current_stream().synchronize()
+        values = [tensor.tolist() for tensor in tensors]
+        self.read_s = perf_counter() - began_s
+        return values
 
     @abstractmethod
     def _put(self, expert: int, output: Tensor) -> None:
@@ -70,22 +97,28 @@ class OneToken(Kernel):
 
     def __init__(self, compute: Compute, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         super().__init__(compute, hidden, weights)
-        chosen = zip(ids.tolist()[0], weights.tolist()[0], strict=True)
-        self._place = {expert: place for place, (expert, weight) in enumerate(chosen) if weight}
-        absent = set(range(ids.shape[1])).difference(self._place.values())
-        self._outputs = {place: torch.zeros_like(hidden) for place in absent}
+        (experts,), (gates,) = self._read(ids, weights)
+        self._place = {expert: place for place, expert in enumerate(experts) if gates[place]}
         routed = len(self._place)
+        absent = [place for place, gate in enumerate(gates) if not gate] if routed < len(gates) else []
+        self._outputs = {place: torch.zeros_like(hidden) for place in absent}
+        self._on_host: Callable[[], Tensor] | None = None
         self.routing = Routing(tuple(sorted(self._place)), (1,) * routed, routed)
 
     def _rows(self, expert: int) -> Tensor:
         return self._hidden
+
+    def _rows_on_cpu(self, expert: int) -> Callable[[], Tensor]:
+        if self._on_host is None:
+            self._on_host = on_host(self._hidden)  # the same row for all experts
+        return self._on_host
 
     def _put(self, expert: int, output: Tensor) -> None:
         self._outputs[self._place[expert]] = output
 
     def _sum(self) -> Tensor:
         outputs = torch.cat([self._outputs[place] for place in range(self._weights.shape[1])])  # [k, H]
-        return (self._weights @ outputs.to(self._weights.dtype)).to(self._hidden.dtype)
+        return _in(self._hidden.dtype, self._weights @ _in(self._weights.dtype, outputs))
 
 
 class ManyTokens(Kernel):
@@ -99,7 +132,7 @@ class ManyTokens(Kernel):
         super().__init__(compute, hidden, weights)
         routed = weights != 0 if real is None else (weights != 0) & real[:, None]
         flat = torch.where(routed, ids, NOT_ROUTED).flatten()
-        counted = Counter(flat.tolist())
+        counted = Counter(self._read(flat)[0])
         counted.pop(NOT_ROUTED, None)
         counts = dict(sorted(counted.items()))
         self.routing = Routing(tuple(counts), tuple(counts.values()), sum(counts.values()))
@@ -118,14 +151,28 @@ class ManyTokens(Kernel):
         outputs = self._hidden.new_zeros(self._weights.numel(), self._hidden.shape[1])  # [T * k, H]
         if self._rows_of:
             outputs[self._order] = torch.cat([self._outputs[expert] for expert in self._rows_of])
-        outputs = outputs.view(*self._weights.shape, -1).to(self._weights.dtype)
-        return (self._weights[:, None] @ outputs).squeeze(1).to(self._hidden.dtype)
+        outputs = _in(self._weights.dtype, outputs.view(*self._weights.shape, -1))
+        return _in(self._hidden.dtype, (self._weights[:, None] @ outputs).squeeze(1))
 
 
-def gated(act: Callable[[Tensor], Tensor], gate_up: Tensor, down: Tensor, hidden: Tensor) -> Tensor:
-    """A gated expert (gate and up [2I, H], down [H, I]) on rows [n, H]."""
-    gate, up = functional.linear(hidden, gate_up).chunk(2, dim=-1)
-    return functional.linear(act(gate) * up, down)
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """``tensor`` in another dtype: what is in it already is not even asked, which takes as long as a small kernel."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def on_host(rows: Tensor) -> Callable[[], Tensor]:
+    """Sends ``rows`` to the host without waiting for them; what is returned gives them, waiting if it has to."""
+    if not rows.is_cuda:
+        return lambda: rows
+    copied = rows.to("cpu", non_blocking=True)  # to pinned memory
+    event = torch.cuda.Event()
+    event.record()
+
+    def arrived() -> Tensor:
+        event.synchronize()
+        return copied
+
+    return arrived
 
 
 def kernel_for(compute: Compute, hidden: Tensor, ids: Tensor, weights: Tensor, real: Tensor | None = None) -> Kernel:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from real.generate import Sampler, generate, left_pad
 from real.models.load import DTYPES, LoadedModel, quiet
-from real.routing import RouterCall, RouterTap, lookahead, router_scores
+from real.routing import MeanInputs, RouterCall, RouterTap, lookahead, router_scores
 from traces import prompts as prompt_files
 from traces.errors import InputError
 from traces.prompts import Prompt
+from traces.router_means import packed, unpacked
 from traces.schema import NOT_ROUTED, Phase, Trace, TraceHeader
 
 Progress = Callable[[int, int], None]
@@ -36,13 +37,18 @@ class Collector:
     ``NOT_ROUTED`` (see :class:`real.routing.Replay`).
     """
 
-    def __init__(self, loaded: LoadedModel, *, lookahead_depth: int = 3, scores: bool = True) -> None:
-        """Raises :class:`InputError` for a negative depth; depth 0 records no look-ahead."""
+    def __init__(
+        self, loaded: LoadedModel, *, lookahead_depth: int = 3, scores: bool = True, router_means: str = ""
+    ) -> None:
+        """Raises :class:`InputError` for a negative depth; depth 0 records no look-ahead. ``router_means``, as a
+        trace's header has them, correct it."""
         if lookahead_depth < 0:
             raise InputError(f"lookahead must be at least 0, got {lookahead_depth}")
         self._loaded = loaded
         self._routers = [layer.router for layer in loaded.layers]
         self._depth = lookahead_depth
+        self._means = means_tensor(router_means, loaded)
+        self._residual = {"lookahead_router": "residual", "router_means": router_means} if router_means else {}
         self._with_scores = scores
         self._rows: dict[str, list[npt.NDArray[Any]]] = {}
         self._layers: list[dict[str, list[npt.NDArray[Any]]]] = [{} for _ in loaded.layers]
@@ -78,11 +84,16 @@ class Collector:
         if self._with_scores:
             self._add(rows, "scores", router_scores(logits))
         if self._depth:
-            ahead = lookahead(hidden, call.layer, self._depth, self._routers, ids.shape[-1])
+            ahead = lookahead(hidden, call.layer, self._depth, self._routers, ids.shape[-1], self._means)
             self._add(rows, "lookahead", ahead.cpu().numpy().astype(np.uint16))
 
     def end_step(self, next_tokens: list[int]) -> None:
-        """Nothing to take down: the tokens that are run next come with their own step."""
+        """Fills in the layers that the pass did not call, an encoder's, with tokens that are not routed there."""
+        absent = {"scores": 1 / self._loaded.spec.experts, "gates": 0.0}
+        for name, parts in self._layers[-1].items():
+            for rows in self._layers[:-1]:
+                if len(rows[name]) < len(parts):
+                    self._add(rows, name, np.full_like(parts[-1], absent.get(name, NOT_ROUTED)))
 
     def finish(self, **header: Any) -> Trace:
         """The trace of all steps so far; ``header`` gives or replaces fields of :class:`TraceHeader`.
@@ -100,6 +111,7 @@ class Collector:
             "expert_bytes": (spec.expert_bytes,) * len(self._layers),
             "dtype": str(DTYPES[spec.dtype]).removeprefix("torch."),
             "software": software(),
+            **self._residual,
         }
         if not self.steps or not all(self._layers):
             raise InputError("recording must have at least one forward pass through every layer, got none")
@@ -122,6 +134,7 @@ def record(
     max_new_tokens: int = 128,
     lookahead_depth: int = 3,
     scores: bool = True,
+    router_means: str = "",
     sampler: Sampler | None = None,
     made_by: str = "",
     licence: str = "",
@@ -129,20 +142,20 @@ def record(
 ) -> Trace:
     """Decodes every prompt, ``batch`` at a time in lock-step, and returns the trace of all forward passes.
 
-    Sequences are numbered as the prompts are. A prompt is cut after ``max_prompt_tokens``. Raises
-    :class:`InputError` for a model without tokenizer, for no prompts, for a count below 1, or for more tokens than
-    the model has positions.
+    Sequences are numbered as the prompts are. A prompt is cut after ``max_prompt_tokens``. Look-ahead is corrected by
+    ``router_means``, what :func:`router_means_of` found on other prompts. Raises :class:`InputError` for a model
+    without tokenizer, for no prompts, for a count below 1, or for more tokens than the model has positions.
     """
     for name, value in (("batch", batch), ("max_prompt_tokens", max_prompt_tokens), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     encoded = [tokens[:max_prompt_tokens] for tokens in encode(loaded, prompts)]
     check_positions(loaded, encoded, max_new_tokens)
-    collector = Collector(loaded, lookahead_depth=lookahead_depth, scores=scores)
+    collector = Collector(loaded, lookahead_depth=lookahead_depth, scores=scores, router_means=router_means)
     hooks = _Reporting(collector, progress)
     with RouterTap(loaded.layers, collector):
         for start in range(0, len(encoded), batch):
-            ids, mask = left_pad(encoded[start : start + batch])
+            ids, mask = left_pad([loaded.as_run(one) for one in encoded[start : start + batch]])
             generate(
                 loaded.model,
                 ids,
@@ -159,6 +172,41 @@ def record(
         made_by=made_by,
         licence=licence,
     )
+
+
+def router_means_of(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    *,
+    max_prompt_tokens: int = 128,
+    max_new_tokens: int = 128,
+) -> str:
+    """The mean input of every router while ``prompts`` are continued greedily, as a trace's header holds it.
+
+    They should be others than those that are recorded with it. Raises as :func:`record`.
+    """
+    encoded = [tokens[:max_prompt_tokens] for tokens in encode(loaded, prompts)]
+    check_positions(loaded, encoded, max_new_tokens)
+    found = MeanInputs(len(loaded.layers))
+    with RouterTap(loaded.layers, found):
+        for tokens in encoded:
+            ids, mask = left_pad([loaded.as_run(tokens)])
+            generate(loaded.model, ids, mask, max_new_tokens=max_new_tokens, eos_ids=loaded.eos_ids, hooks=found)
+    return packed(found.means())
+
+
+def means_tensor(router_means: str, loaded: LoadedModel) -> Tensor | None:
+    """The mean router inputs [L, H] on the model's device, for :func:`real.routing.lookahead`; None for none.
+
+    Raises :class:`InputError` when they are of another model's width.
+    """
+    if not router_means:
+        return None
+    means = torch.from_numpy(unpacked(router_means, len(loaded.layers)))
+    if means.shape[1] != loaded.spec.hidden:
+        raise InputError(f"router_means must have the model's hidden width {loaded.spec.hidden}, got {means.shape[1]}")
+    like = next(loaded.model.parameters())
+    return means.to(device=like.device, dtype=like.dtype)
 
 
 def encode(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[list[int]]:

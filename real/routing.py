@@ -7,7 +7,7 @@ width, D look-ahead depth, L MoE layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from real.models.families import MoeLayer
 from real.models.load import LoadedModel
 from traces.errors import InputError
-from traces.schema import NOT_ROUTED, Trace
+from traces.schema import NOT_ROUTED, Phase, Trace
 
 
 @dataclass
@@ -88,11 +88,15 @@ class Replay:
     def __init__(
         self, trace: Trace, loaded: LoadedModel, *, own_gates: bool = False, device: torch.device | str = "cpu"
     ) -> None:
-        """Raises :class:`InputError` when the trace has other layers, experts or top-k than the model."""
+        """Raises :class:`InputError` when the trace has other layers, experts or top-k than the model, or routes what
+        an encoder-decoder does not (see :func:`routable`)."""
         for name, dimension in (("layers", "moe_layers"), ("experts", "experts"), ("top_k", "top_k")):
             got, wanted = getattr(trace.header, name), getattr(loaded.spec, dimension)
             if got != wanted:
                 raise InputError(f"trace {name} must be {wanted}, as in model {loaded.spec.name}, got {got}")
+        if routable(trace, loaded.encoder_layers) is not trace:
+            rule = f"what is read in the first {loaded.encoder_layers} layers alone, and what is written in the rest"
+            raise InputError(f"trace must route {rule}, as {loaded.spec.name} does, got other choices")
         self._trace = trace
         self._gates_of: Callable[[Tensor, Tensor], Tensor] = partial(loaded.family.gates, loaded.config)
         self._recorded_gates = None if own_gates else trace.gates
@@ -145,23 +149,98 @@ class Replay:
         return rows[offsets]
 
 
+def routable(trace: Trace, encoder_layers: int) -> Trace:
+    """The trace without the choices that a model cannot make whose first ``encoder_layers`` layers are an encoder's.
+
+    A prompt's tokens but the last are read, and routed in the encoder alone; the last begins what is written, and with
+    what follows is routed in the decoder alone. Returns the trace itself where there is nothing to leave out.
+    """
+    if not encoder_layers:
+        return trace
+    read, layers = np.asarray(trace.phase) == Phase.PREFILL, np.arange(trace.header.layers)
+    for rows in _rows_by_sequence(trace).values():
+        read[rows[read[rows]][-1:]] = False
+    absent = (read[:, None] != (layers < encoder_layers))[..., None]  # [T, L, 1]
+    left = {"expert_ids": np.where(absent, np.uint16(NOT_ROUTED), trace.expert_ids)}
+    if trace.gates is not None:
+        left["gates"] = np.where(absent, np.float16(0), trace.gates)
+    if trace.lookahead is not None:
+        ahead = layers[:, None] + np.arange(1, trace.lookahead_depth + 1)  # [L, D]
+        beyond = (layers < encoder_layers)[:, None] != (ahead < encoder_layers)
+        hidden = absent[..., None] | beyond[..., None]  # [T, L, D, 1]
+        left["lookahead"] = np.where(hidden, np.uint16(NOT_ROUTED), trace.lookahead)
+    same = all(np.array_equal(getattr(trace, name), array) for name, array in left.items())
+    return trace if same else replace(trace, **left)  # type: ignore[arg-type]
+
+
 def router_scores(logits: Tensor) -> npt.NDArray[np.float16]:
     """The softmax of a router's logits [T, E], as traces keep it: float16 [T, E]."""
     return logits.float().softmax(dim=-1).half().cpu().numpy()
 
 
-def lookahead(hidden: Tensor, layer: int, depth: int, routers: Sequence[nn.Module], top_k: int) -> Tensor:
+def lookahead(
+    hidden: Tensor,
+    layer: int,
+    depth: int,
+    routers: Sequence[nn.Module],
+    top_k: int,
+    means: Tensor | None = None,
+) -> Tensor:
     """The experts that the next ``depth`` layers' routers would choose for layer ``layer``'s router input [T, H].
 
-    Returns ids [T, D, k] int64, by descending weight; ``NOT_ROUTED`` for layers beyond the last one. No hook runs.
-    Source: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts Language Models with Offloading" (2023),
-    section 3.2 (speculative loading), for depth 1.
+    With ``means`` [L, H], the mean input of every router, a later router reads the input plus what the mean changes by
+    until its layer. Returns ids [T, D, k] int64, by descending weight; ``NOT_ROUTED`` for layers beyond the last one.
+    An encoder's layers look at the encoder's alone, and a decoder's at the decoder's, for the rows that they have.
+    No hook runs. Source: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts Language Models with Offloading"
+    (2023), section 3.2 (speculative loading), for depth 1; with ``means`` the residual-based prefetching of DALI
+    (arXiv 2602.03495), which corrects by the mean residual between two layers' gate inputs.
     """
     ids = torch.full((len(hidden), depth, top_k), NOT_ROUTED, dtype=torch.int64, device=hidden.device)
+    stack = getattr(routers[layer], "stack", None)  # of encoder-decoders
     for ahead, router in enumerate(routers[layer + 1 : layer + 1 + depth]):
-        _, weights, chosen = router.forward(hidden)
+        if getattr(router, "stack", None) != stack:
+            break
+        read = hidden if means is None else hidden + (means[layer + 1 + ahead] - means[layer])
+        _, weights, chosen = router.forward(read)
         ids[:, ahead] = chosen.gather(1, weights.argsort(dim=-1, descending=True, stable=True))
+    if stack is not None:  # a row of the other stack is zeros
+        ids.masked_fill_(~hidden.any(dim=-1)[:, None, None], NOT_ROUTED)
     return ids
+
+
+class MeanInputs:
+    """The mean input of every router over the real tokens of all passes: hooks of a generation, and a route listener.
+
+    Differences between two layers' means are the mean residuals that DALI calibrates.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._sums: list[Tensor | None] = [None] * layers
+        self._counts = [0] * layers
+        self._keep: Tensor | None = None
+
+    def begin_step(self, step_index: int, phase: Phase, mask: Tensor, positions: Tensor, token_ids: Tensor) -> None:
+        """A pass over the tokens of ``mask`` [B, S] begins."""
+        self._keep = mask.flatten()
+
+    def on_route(self, call: RouterCall) -> None:
+        """Takes down one router's input; never changes the choice."""
+        read = call.hidden[self._keep].double()
+        total = read.sum(dim=0)
+        self._counts[call.layer] += int(read.any(dim=-1).sum())  # rows of another stack are zeros
+        before = self._sums[call.layer]
+        self._sums[call.layer] = total if before is None else before + total
+
+    def end_step(self, next_tokens: list[int]) -> None:
+        """Nothing to take down."""
+
+    def means(self) -> npt.NDArray[np.float64]:
+        """Means float64 [L, H]; raises :class:`InputError` when not every layer was run."""
+        sums = [one.cpu() for one in self._sums if one is not None]
+        if len(sums) < len(self._sums):
+            raise InputError("residual-prompts must have at least one token, got none")
+        means: npt.NDArray[np.float64] = torch.stack(sums).numpy() / np.array(self._counts)[:, None]
+        return means
 
 
 def _rows_by_sequence(trace: Trace) -> dict[int, npt.NDArray[np.int64]]:

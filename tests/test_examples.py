@@ -66,8 +66,8 @@ def test_commands_that_replay_eviction_run(command: str) -> None:
     assert found[-1]["hits_union"] > found[0]["hits_union"]
 
 
-@pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith("simulate")])
-def test_commands_that_simulate_run(command: str) -> None:
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith(("simulate", "decode"))])
+def test_commands_of_a_clock_run(command: str) -> None:
     (row,) = rows(command)
     named = next(word for word in shlex.split(command) if ".py:" in word)
     assert named in row["system"].values()
@@ -75,8 +75,9 @@ def test_commands_that_simulate_run(command: str) -> None:
 
 
 def test_there_are_commands_to_run() -> None:
-    assert [sum(one.startswith(word) for one in COMMANDS) for word in ("cache", "simulate", "sweep")] == [3, 5, 2]
-    assert len(COMMANDS) == 10
+    counts = [sum(one.startswith(word) for one in COMMANDS) for word in ("cache", "simulate", "decode", "sweep")]
+    assert counts == [3, 5, 2, 2]
+    assert len(COMMANDS) == 12
 
 
 def test_a_key_is_the_logarithm_of_weights_that_halve() -> None:

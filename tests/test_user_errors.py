@@ -65,7 +65,17 @@ OLMOE = "--model olmoe-1b-7b --random-weights"
         ("decode --prompt a --evict static", "calibration must be given for static, a trace apart from"),
         ("decode --prompt a --cache 0", "cache must be between 1 and 32 slots, got 0"),
         ("decode --prompt a --cache=", "cache must hold something, got ''"),
-        ("decode --prompt a --gpu-memory 1MB", "gpu-memory must be at least 8241920 bytes"),
+        ("decode --prompt a --device cpu --gpu-memory 1MB", "gpu-memory must be at least 8330240 bytes"),
+        ("decode --prompt a --device cpu --context 4", "context must be at least the 65 tokens of a sequence, got 4"),
+        ("decode --routing code --device cpu --context 4", "context must be at least the 319 tokens of a sequence"),
+        ("decode --prompt a --stop=", "stop must hold something, got ''"),
+        ("decode --prompt a --systems lru-baseline,x", "system must be a known name, got 'lru-baseline'"),
+        ("decode --prompt a --systems hybrimoe,fiddler", "routing must be given to run 2 systems side by side"),
+        (
+            "decode --prompt a --systems fiddler --out n.safetensors --trace-out n.safetensors",
+            "trace-out must be apart from the folder of out",
+        ),
+        ("decode --prompt a --model speechless", "model must have a tokenizer to read prompts, got speechless without"),
         ("decode --prompt a --gpu-memory x", "gpu-memory must be a size such as 8GiB or 500MB, got 'x'"),
         ("decode --prompt a --dtype int99", "dtype must be a known name, got 'int99' (one of bf16, fp16, fp32)"),
         ("decode --routing olmoe.safetensors", "trace layers must be 8 as in moetwin-small, got 16"),
@@ -73,7 +83,7 @@ OLMOE = "--model olmoe-1b-7b --random-weights"
         ("decode --domains=", "domains must hold something, got ''"),
         ("decode --domains ,", "domains must name at least one domain, got ','"),
         ("trace record --out x.safetensors --domains ,", "domains must name at least one domain, got ','"),
-        ("decode --routing code --domains ,", "routing must be given without prompts, domains and trace-out, got both"),
+        ("decode --routing code --domains ,", "routing must be given without prompts and domains, got both"),
         ("decode --prompt a --domains ,", "prompt must be given without prompts and domains, got both"),
         ("decode --routing code --repeats 3", "out must be given for 3 repeats, which are written side by side"),
         ("calibrate --out afile/x.toml", "out must be a file that can be written, got afile/x.toml"),
@@ -92,7 +102,7 @@ OLMOE = "--model olmoe-1b-7b --random-weights"
         ("decode --prompt \ud800", "prompt must hold whole characters, got '\\ud800' at 0"),
         ("decode --temperature -1", "temperature must be 0, or at least 0.001 and finite, got -1.0"),
         ("decode --repeats 3", "repeats must be 1 without routing, got 3"),
-        ("decode --routing code --domains speeches", "routing must be given without prompts, domains and trace-out"),
+        ("decode --routing code --domains speeches", "routing must be given without prompts and domains"),
         ("decode --routing code --repeats 0", "repeats must be greater than or equal to 1, got '0'"),
         (
             "decode --routing code --repeats 2 --out runs",
@@ -103,7 +113,10 @@ OLMOE = "--model olmoe-1b-7b --random-weights"
             "out must have no folder of more repeats beside it, got old-3, which exists",
         ),
         ("decode --model olmoe-1b-7b --random-weights", "routing must be given with random-weights"),
-        (f"decode {OLMOE} --routing code", "trace layers must be 16 as in olmoe-1b-7b, got 8"),
+        (
+            f"decode {OLMOE} --routing code",
+            "trace layers must be 16 as in olmoe-1b-7b, got 8 (`moetwin trace like` makes routing of any dimensions",
+        ),
         (f"decode {OLMOE} --routing olmoe.safetensors --gpu-memory 1MiB", "gpu-memory must be at least"),
         (f"decode {OLMOE} --routing olmoe.safetensors --dtype int8", "dtype must be a known name, got 'int8'"),
         (
@@ -119,6 +132,8 @@ OLMOE = "--model olmoe-1b-7b --random-weights"
 def test_what_cannot_be_used_is_refused_before_the_work(words: str, message: str, tmp_path: Path) -> None:
     store.save(synthetic.generate("zipf", 0, replace(SMALL, layers=16, experts=64, top_k=8)), "olmoe.safetensors")
     store.save(synthetic.generate("zipf", 0, SMALL), "plain.safetensors")
+    (tmp_path / "speechless").mkdir()
+    (tmp_path / "speechless" / "config.json").write_text('{"model_type": "qwen3_moe"}')
     (tmp_path / "old-3").mkdir()
     (tmp_path / "runs-2").mkdir()
     (tmp_path / "runs-2" / "mine").touch()
@@ -182,7 +197,7 @@ def test_the_largest_seed_is_taken(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ("decode --prompt a --max-new-tokens 2200", "prompt and max-new-tokens must together be at most the model's"),
-        ("decode --prompt a --max-new-tokens 4 --gpu-memory 8241920 --prefetch next-router", ""),
+        ("decode --prompt a --max-new-tokens 4 --device cpu --gpu-memory 8080640 --prefetch next-router --json", ""),
         (
             "trace record --out x.safetensors --max-new-tokens 2048 --domains speeches",
             "prompt and max-new-tokens must together",

@@ -11,8 +11,8 @@ import pytest
 import tomli_w
 
 from real.cli import choose
-from real.cli_run import _fastest
 from real.jobs import announce
+from real.outputs import fastest
 from sim.results import RunResult
 from sim.target import DTYPE_OF, parse_bytes
 from tests.commanding import SMALL, refused, run
@@ -170,9 +170,9 @@ def test_repeats_are_written_side_by_side(tmp_path: Path) -> None:
     assert told["result"] == "run, run-2, run-3"
     names = ("run", "run-2", "run-3")
     runs = [RunResult.load(tmp_path / name) for name in names]
-    fastest = names[_fastest(runs)]
-    assert told["shown"] == f"{fastest}, whose median token is the fastest of 3 repeats"
-    shown = RunResult.load(tmp_path / fastest).headline()["time_per_output_token_p50_s"]
+    shown_name = names[fastest(runs)]
+    assert told["shown"] == f"{shown_name}, whose median token is the fastest of 3 repeats"
+    shown = RunResult.load(tmp_path / shown_name).headline()["time_per_output_token_p50_s"]
     assert told["time_per_output_token_p50_s"] == shown
     assert shown == min(run.headline()["time_per_output_token_p50_s"] for run in runs)
     assert [type(told[name]) for name in ("decode_tokens", "misses", "tokens_per_s")] == [int, int, float]

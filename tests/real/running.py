@@ -83,7 +83,7 @@ def controller_of(loaded: LoadedModel, slots: int, **system: Any) -> OffloadCont
 def decoded(machine: Machine, prompts: list[list[int]], count: int, slots: int, **system: Any) -> Run:
     """Greedy tokens and logits of prompts, decoded under the executor."""
     controller = controller_of(machine.loaded, slots, **system)
-    with Executor(machine.loaded, controller, machine.device, machine.store) as executor:
+    with Executor(machine.loaded, controller, machine.device, machine.store, grouped=machine.grouped) as executor:
         made = generate(
             machine.loaded.model,
             *on(machine.device, prompts),
@@ -110,6 +110,7 @@ def forced(
         machine.store,
         listeners=[replay],
         forecast=lambda layer: guide.predictions[layer],
+        grouped=machine.grouped,
     ) as executor:
         made = generate(
             machine.loaded.model,

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from real.calibrate import EXPERT_TOKENS, calibrate, describe_machine
+from real.bench import EXPERT_TOKENS
+from real.calibrate import calibrate, describe_machine
 from real.decode import Machine, replay
 from real.fit import RESOURCES
 from sim.profile import ProfileCosts

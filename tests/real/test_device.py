@@ -87,6 +87,29 @@ def test_compute_waits_for_its_copy_and_a_copy_for_the_last_read_of_its_slot(dev
     assert first.end_s <= reader.start_s <= reader.end_s <= second.start_s <= second.end_s <= last.start_s
 
 
+@pytest.mark.parametrize("promoted", [False, True])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_compute_waits_for_every_chunk_of_its_copy(device: Device, prefetch: bool, promoted: bool) -> None:
+    slot, seen = slots(device, 2)
+    ones, parts = source(device, 1.0), 8
+    width = SLOT // parts
+
+    def chunk(place: int) -> Callable[[], None]:
+        def load() -> None:
+            pause(device, 0.0005)
+            slot[place : place + width].copy_(ones[place : place + width], non_blocking=True)
+
+        return load
+
+    copy = device.copy([chunk(place) for place in range(0, SLOT, width)], (), prefetch=prefetch)
+    if promoted:
+        device.promote([copy])
+    reader = device.gpu(lambda: seen.copy_(slot), [copy])
+    finish(device, reader)
+    assert seen.tolist() == ones.tolist()
+    assert copy.start_s < copy.end_s <= reader.start_s
+
+
 def test_experts_on_the_cpu_are_done_when_waited_for(device: Device) -> None:
     done: list[int] = []
     works = [device.cpu(lambda number=number: done.append(number)) for number in range(3)]
@@ -194,6 +217,20 @@ def test_a_promoted_prefetch_becomes_a_demand_copy(cpu: CpuDevice) -> None:
     assert gate.ran == ["demand", "late", "last", "early"]
 
 
+def test_only_prefetches_that_have_not_begun_are_taken_back(cpu: CpuDevice) -> None:
+    gate = Gate()
+    begun = cpu.copy(gate.hold, (), prefetch=True)
+    cpu.flush()
+    gate.wait_until_held()
+    kept, late = (cpu.copy(gate.note(name), (), prefetch=True) for name in ("kept", "late"))
+    promoted = cpu.copy(gate.note("promoted"), (), prefetch=True)
+    cpu.promote([promoted])
+    assert cpu.withdraw([begun, late, promoted]) == [late]
+    gate.open()
+    cpu.wait([begun, kept, promoted])
+    assert gate.ran == ["promoted", "kept"]
+
+
 def test_a_prefetch_may_pass_a_demand_copy_that_cannot_begin(cpu: CpuDevice) -> None:
     gate, order = Gate(), Gate()
     reader = cpu.gpu(gate.hold, ())
@@ -267,7 +304,7 @@ def test_work_that_has_run_keeps_no_tensors(cpu: CpuDevice) -> None:
     work = cpu.gpu(lambda: big.append(1), [cpu.copy(lambda: None, ())])
     cpu.wait([work])
     assert work.after == ()
-    assert work.run.__closure__ is None
+    assert work.chunks == ()
 
 
 def lane_threads() -> list[str]:

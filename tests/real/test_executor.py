@@ -247,6 +247,25 @@ def test_a_prefetch_that_a_layer_waits_for_is_promoted(monkeypatch: pytest.Monke
     assert all(work.resource == "link" for work in promoted)
 
 
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_our_own_time_in_a_layer_leaves_out_what_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, synchronous: bool
+) -> None:
+    load, pause_s = DeviceSlots.load, 2e-3
+
+    def slow(slots: DeviceSlots, slot: int, layer: int, expert: int) -> None:
+        time.sleep(pause_s)
+        load(slots, slot, layer, expert)
+
+    monkeypatch.setattr(DeviceSlots, "load", slow)
+    with machine_on("cpu") as machine:
+        layers = decoded(machine, PROMPTS[:1], NEW_TOKENS, 3, synchronous=synchronous).layers
+    assert layers.misses.sum() > 0
+    assert (layers.python_s > 0).all()
+    # the marks of a layer's ends are the host's: what it does and what it waits for are apart in between
+    assert (layers.python_s <= layers.end_s - layers.start_s - layers.misses * pause_s + 1e-9).all()
+
+
 def linear(operation: Operation, rows: torch.Tensor) -> torch.Tensor:
     """Expert e multiplies by e + 1."""
     return rows * (operation.expert + 1)

@@ -9,16 +9,32 @@ import pytest
 import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 from real.models import families
+from real.models.expert import clamped_form
 from real.models.families import FAMILIES, family_for
 from real.models.load import SMALL_FOLDER, SMALL_NAME, _as_input_error, dimensions, load, load_spec, random_spec
 from sim.spec import catalogue
 from tests.real import tiny
 from traces.errors import InputError
 
+BUILT_AS = {
+    "olmoe-1b-7b": "olmoe",
+    "qwen1.5-moe-a2.7b": "qwen2_moe",
+    "qwen2-57b-a14b": "qwen2_moe",
+    "qwen3-30b-a3b": "qwen3_moe",
+    "mixtral-8x7b": "mixtral",
+    "mixtral-8x22b": "mixtral",
+    "phi-3.5-moe": "qwen3_moe",
+    "deepseek-v2-lite": "deepseek_v2",
+    "deepseek-v3": "deepseek_v3",
+    "gpt-oss-20b": "gpt_oss",
+    "gpt-oss-120b": "gpt_oss",
+    "moetwin-small": "qwen3_moe",
+    **{f"switch-base-{experts}": "switch_transformers" for experts in (8, 16, 32, 64, 128, 256)},
+}
 EVERY = pytest.mark.parametrize("model_type", list(FAMILIES))
+DECODERS = pytest.mark.parametrize("model_type", tiny.DECODERS)
 
 
 def router_input(rows: int = 24) -> torch.Tensor:
@@ -33,7 +49,7 @@ def test_config_and_spec_are_inverse(model_type: str) -> None:
     assert back == spec.model_copy(update={"source": back.source})
 
 
-@EVERY
+@DECODERS
 def test_every_moe_layer_is_found_in_order(model_type: str) -> None:
     loaded = tiny.model(model_type)
     decoder = loaded.model.get_decoder().layers
@@ -49,8 +65,9 @@ def test_spec_counts_the_weights_that_the_model_has(model_type: str) -> None:
     assert experts == 2 * 8 * loaded.spec.expert_elements
     weights = sum(weight.numel() for weight in loaded.model.parameters() if weight.ndim > 1) - experts
     norms = loaded.spec.hidden * (2 * loaded.spec.layers + 1)
-    gate_of_shared = 2 * loaded.spec.hidden if model_type == "qwen2_moe" else 0
-    assert weights == loaded.spec.dense_elements - norms + gate_of_shared
+    # the gates of shared experts, and biases by position
+    uncounted = {"qwen2_moe": 2 * loaded.spec.hidden, "switch_transformers": 2 * 32 * 4}
+    assert weights == loaded.spec.dense_elements - norms + uncounted.get(model_type, 0)
 
 
 @EVERY
@@ -82,14 +99,64 @@ def test_deepseek_gates_are_scaled() -> None:
 @EVERY
 def test_experts_tensors_compute_what_the_experts_compute(model_type: str) -> None:
     loaded = tiny.model(model_type)
-    hidden, experts = router_input(4), loaded.layers[1].experts
-    gate_up, down = loaded.family.experts_tensors(experts, 5)
-    assert gate_up.is_contiguous()
-    assert down.is_contiguous()
-    gate, up = F.linear(hidden, gate_up).chunk(2, dim=-1)
-    by_hand = F.linear(loaded.family.act_fn(loaded.config)(gate) * up, down)
+    hidden, experts, form = router_input(4), loaded.layers[1].experts, loaded.family.form(loaded.config)
+    tensors = loaded.family.experts_tensors(experts, 5)
+    assert {name: tuple(one.shape) for name, one in zip(form.shapes, tensors, strict=True)} == form.shapes
+    assert all(tensor.is_contiguous() for tensor in tensors)
     theirs = experts(hidden, torch.full((4, 1), 5), torch.ones(4, 1))
-    torch.testing.assert_close(by_hand, theirs)
+    torch.testing.assert_close(form.run(tensors, hidden), theirs)
+    torch.testing.assert_close(
+        form.run(tensors, 50 * hidden), experts(50 * hidden, torch.full((4, 1), 5), torch.ones(4, 1))
+    )
+    assert form.elements == loaded.spec.expert_elements
+
+
+@EVERY
+def test_a_flat_expert_is_seen_as_its_tensors(model_type: str) -> None:
+    loaded = tiny.model(model_type)
+    form, tensors = loaded.family.form(loaded.config), loaded.family.experts_tensors(loaded.layers[0].experts, 3)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    views = form.views(flat)
+    assert all(torch.equal(view, tensor) for view, tensor in zip(views, tensors, strict=True))
+    assert all(view.untyped_storage().data_ptr() == flat.data_ptr() for view in views)
+
+
+def test_an_expert_of_gpt_oss_clamps_both_halves_and_shifts_up_by_one() -> None:
+    form = clamped_form(hidden=1, width=2, alpha=1.0, limit=2.0)
+    gate_up, down = torch.tensor([[3.0, -9.0, -5.0, 0.5]]), torch.tensor([[2.0], [10.0]])
+    biases = torch.tensor([1.0, 0.0, 1.0, 0.5]), torch.tensor([0.25])
+    # gates 4 and -4, of which one is cut to 2; ups -9 and 1, of which one is cut to -2
+    sigmoid = [0.8807970779778823, 0.01798620996209156]
+    wanted = 2 * (-2 + 1) * 2 * sigmoid[0] + 10 * (1 + 1) * -4 * sigmoid[1] + 0.25
+    assert form.run((gate_up, down, *biases), torch.ones(1, 1)).item() == pytest.approx(wanted)
+    assert form.elements == 4 + 2 + 4 + 1
+
+
+@pytest.mark.parametrize(("norm", "wanted"), [(True, [1.2, 0.8]), (False, [1.5, 1.0])])
+def test_gates_of_deepseek_v3_are_scaled_sigmoids(norm: bool, wanted: list[float]) -> None:
+    family = FAMILIES["deepseek_v3"]
+    config = family.config(tiny.SPECS["deepseek_v3"])
+    config.norm_topk_prob, config.routed_scaling_factor = norm, 2.0
+    logits = torch.tensor([[0.75, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9]]).logit()
+    assert family.gates(config, logits, torch.tensor([[0, 1]])).tolist() == [pytest.approx(wanted)]
+
+
+def test_gates_of_gpt_oss_share_one_among_the_chosen() -> None:
+    family = FAMILIES["gpt_oss"]
+    logits = torch.tensor([[0.0, 9.0, 1.0986123]])
+    gates = family.gates(family.config(tiny.SPECS["gpt_oss"]), logits, torch.tensor([[2, 0]]))
+    assert gates.tolist() == [pytest.approx([0.75, 0.25])]
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "groups"), [(256, 8, (8, 4)), (16, 4, (8, 4)), (8, 6, (4, 4)), (6, 2, (2, 1)), (7, 2, (1, 1))]
+)
+def test_groups_of_deepseek_v3_have_two_experts_and_open_enough(
+    experts: int, top_k: int, groups: tuple[int, int]
+) -> None:
+    spec = tiny.SPECS["deepseek_v3"].model_copy(update={"experts": experts, "top_k": top_k})
+    config = FAMILIES["deepseek_v3"].config(spec)
+    assert (config.n_group, config.topk_group) == groups
 
 
 def test_unknown_family_names_itself_and_the_supported() -> None:
@@ -107,7 +174,15 @@ def test_unknown_family_names_itself_and_the_supported() -> None:
         ("qwen3_moe", {"kv_elements": 8}, "grouped-query attention"),
         ("qwen2_moe", {"shared_width": 0}, "a shared expert"),
         ("deepseek_v2", {"kv_elements": 0}, "a latent KV cache"),
+        ("deepseek_v3", {"experts": 1, "top_k": 1}, "at least two experts"),
+        ("gpt_oss", {"expert_biases": 0}, "a bias for gate, up and down in every expert"),
         ("deepseek_v2", {"shared_width": 24}, "shared experts of the routed experts' width"),
+        ("switch_transformers", {"expert_matrices": 3}, "experts of two matrices"),
+        ("switch_transformers", {"top_k": 2}, "one expert a token"),
+        ("switch_transformers", {"layers": 5}, "an encoder and a decoder alike"),
+        ("switch_transformers", {"dense_width": 24}, "dense layers as wide as an expert"),
+        ("switch_transformers", {"kv_elements": 0}, "whole heads, and cross-attention in its decoder"),
+        ("switch_transformers", {"layers": 10, "moe_layers": 8}, "MoE layers at a regular distance"),
     ],
 )
 def test_dimensions_that_a_family_cannot_have(model_type: str, change: dict[str, int], rule: str) -> None:
@@ -115,12 +190,16 @@ def test_dimensions_that_a_family_cannot_have(model_type: str, change: dict[str,
         FAMILIES[model_type].config(tiny.SPECS[model_type].model_copy(update=change))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in catalogue.model_names() if not name.startswith(("gpt-oss", "switch", "nllb"))]
-)
+def test_every_catalogue_model_is_built_or_refused() -> None:
+    assert {*BUILT_AS, "nllb-moe-54b"} == set(catalogue.model_names())
+
+
+@pytest.mark.parametrize("name", list(BUILT_AS))
 def test_catalogue_models_are_built_at_their_dimensions(name: str) -> None:
     spec = catalogue.model(name)
     family = family_for(spec)
+    assert family.model_type == BUILT_AS[name]
+    assert family.form(family.config(spec)).elements == spec.expert_elements
     wanted = spec.in_dtype("bf16").model_copy(update={"source": "the model's config"})
     assert family.spec(family.config(spec), name) == wanted
 
@@ -158,7 +237,7 @@ def test_checkpoint_comes_back_as_it_was_saved(model_type: str, tmp_path, capfd)
     original.model.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     capfd.readouterr()
-    loaded = load(str(tmp_path))
+    loaded = load(str(tmp_path), with_experts=True)
     assert capfd.readouterr() == ("", "")
     weights = dict(original.model.named_parameters())
     assert all(torch.equal(weights[name], weight) for name, weight in loaded.model.named_parameters())
@@ -224,9 +303,11 @@ def test_random_weights_take_their_dimensions_from_a_file(tmp_path) -> None:
         load(str(file), random_weights=True)
 
 
-def test_a_model_that_no_family_can_have_names_the_families() -> None:
-    with pytest.raises(InputError, match=r"got 'gpt-oss-20b' \(supported families: qwen3_moe, olmoe, mixtral, "):
-        load("gpt-oss-20b", random_weights=True)
+def test_plain_experts_with_biases_are_refused_and_the_families_named() -> None:
+    rule = r"must have gated experts, .* got 'nllb-moe-54b' with 2 matrices and 10240 .* \(supported families: qwen3_"
+    for look_up in (load, dimensions):
+        with pytest.raises(InputError, match=rule):
+            look_up("nllb-moe-54b", random_weights=True)
 
 
 def test_dimensions_are_read_from_the_configuration_alone(tmp_path) -> None:
@@ -260,10 +341,12 @@ def test_broken_checkpoints_are_named(tmp_path) -> None:
     with pytest.raises(InputError, match="got 'llama'"):
         load(str(tmp_path))
     tiny.model().config.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="must be a checkpoint that transformers can load"):
+    with pytest.raises(
+        InputError, match=r"must hold model\.safetensors or model\.safetensors\.index\.json, got neither"
+    ):
         load(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"\x08")
-    with pytest.raises(InputError, match="must be a checkpoint that transformers can load"):
+    with pytest.raises(InputError, match=r"model\.safetensors must be a whole safetensors file, got: "):
         load(str(tmp_path))
 
 
@@ -281,7 +364,7 @@ def test_missing_weights_are_not_made_up(tmp_path, caplog) -> None:
     not (SMALL_FOLDER / "model.safetensors").is_file(), reason="the small model is not in this checkout"
 )
 def test_shipped_model_loads_and_decodes() -> None:
-    loaded = load(SMALL_NAME)
+    loaded = load(SMALL_NAME, with_experts=True)
     assert loaded.spec == dimensions(SMALL_NAME)
     assert loaded.spec == catalogue.model(SMALL_NAME).model_copy(update={"source": loaded.spec.source})
     assert loaded.spec.moe_layers >= 8

@@ -30,18 +30,24 @@ def singles(result: RunResult, resource: str) -> pd.DataFrame:
     return rows[(rows.resource == resource) & ((rows.tokens == 1) | (resource == "link"))]
 
 
-def test_seconds_alone_and_beside_each_other_are_recovered() -> None:
+def test_undisturbed_seconds_are_recovered_from_runs_in_which_resources_slow_each_other_down() -> None:
     result = run(gpu=1.0, copy=3.0, slow={("gpu", "link"): 1.6, ("link", "gpu"): 1.25})
-    for resource, other, base_s, factor in (("gpu", "link", 1.0, 1.6), ("link", "gpu", 3.0, 1.25)):
-        found = fit.fit(singles(result, resource), OTHERWISE)
-        assert found.base_s == pytest.approx(base_s, rel=1e-6)
-        assert found.slowdown(resource, (other,)).factor == pytest.approx(factor, rel=1e-6)
+    for resource, base_s in (("gpu", 1.0), ("link", 3.0)):
+        assert fit.fit(singles(result, resource), OTHERWISE).base_s == pytest.approx(base_s, rel=1e-6)
 
 
-def test_without_contention_no_factor_is_found() -> None:
-    found = fit.fit(singles(run(gpu=1.0, copy=3.0), "gpu"), OTHERWISE)
-    assert found.base_s == pytest.approx(1.0)
-    assert found.slowdown("gpu", ("link",)).factor == pytest.approx(1.0)
+def test_what_a_lane_takes_between_two_pieces_counts_with_the_second() -> None:
+    result = run(gpu=1.0, copy=3.0)
+    first = result.events.kind.eq("expert").idxmax()
+    layer = result.events.loc[first, ["step", "layer"]]
+    later = result.events.resource.eq("gpu") & result.events.kind.eq("expert")
+    later &= (result.events[["step", "layer"]] == layer).all(axis=1) & (result.events.index != first)
+    for gap_s, counted_s in ((fit.MOST_GAP_S / 2, 1.0), (fit.MOST_GAP_S * 2, 1.0 - fit.MOST_GAP_S * 2)):
+        shifted = RunResult(**{**vars(result), "events": result.events.copy()})
+        second = shifted.events.index[later][0]
+        shifted.events.loc[second, "start_s"] = shifted.events.loc[first, "end_s"] + gap_s
+        shifted.events.loc[second, "end_s"] = shifted.events.loc[first, "end_s"] + 1.0
+        assert fit.pieces(shifted).loc[second, "seconds"] == pytest.approx(counted_s)
 
 
 def test_cpu_experts_the_first_of_a_layer_and_later_ones_are_told_apart() -> None:
@@ -56,6 +62,13 @@ def test_host_costs_are_recovered_as_a_line_over_operations() -> None:
     assert found.controller_s == pytest.approx(0.5)
     assert found.operation_s == pytest.approx(0.25)
     assert found.join_s == pytest.approx(0.125)
+
+
+def test_what_cpu_experts_add_to_the_host_is_told_apart() -> None:
+    given = host(controller_s=0.5, operation_s=0.25, join_s=0.125, cpu_s=0.75, cpu_join_s=0.0625, joins_layers=True)
+    found = fit.host([[run(host=given)], [run("cpu-on-miss", host=given)]], joins_layers=True)
+    assert (found.controller_s, found.operation_s) == (pytest.approx(0.5), pytest.approx(0.25))
+    assert (found.cpu_s, found.cpu_join_s) == (pytest.approx(0.75), pytest.approx(0.0625))
 
 
 def test_dense_and_head_are_recovered() -> None:
@@ -82,5 +95,5 @@ def test_no_rows_give_the_piece_measured_alone() -> None:
 
 def test_sizes_are_moved_together_and_never_fall() -> None:
     points = [Point(size=size, value_s=s, median_s=s, p90_s=s, repeats=3) for size, s in ((1, 4.0), (2, 3.5), (4, 6.0))]
-    base = fit.Fit(5.0, {}, np.array([5.0]))
+    base = fit.Fit(5.0, np.array([5.0]))
     assert [point.value_s for point in fit.shifted(points, base)] == [5.0, 5.0, 7.0]

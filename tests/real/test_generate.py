@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from real.generate import NO_TOKEN, HookChain, Sampler, TextStream, generate, left_pad
+from real.generate import NO_TOKEN, HookChain, Sampler, StopTexts, TextStream, generate, left_pad
 from real.models.families import FAMILIES
 from tests.real import tiny
 from traces.errors import InputError
@@ -34,7 +35,7 @@ class Log:
         self.ended.append(next_tokens)
 
 
-@pytest.mark.parametrize("model_type", list(FAMILIES))
+@pytest.mark.parametrize("model_type", tiny.DECODERS)
 def test_greedy_tokens_are_those_of_transformers(model_type: str) -> None:
     loaded = tiny.model(model_type)
     ids, mask = left_pad(PROMPTS)
@@ -194,3 +195,27 @@ def test_wrong_arguments() -> None:
         tiny.greedy(tiny.model(), PROMPTS, 1, forced_tokens=[[1]] * 3)
     with pytest.raises(InputError, match="one list a lane \\(3\\), got 1"):
         tiny.logits_of(tiny.model(), PROMPTS, [[1]])
+
+
+def test_a_lane_ends_with_the_token_that_completes_a_text() -> None:
+    """One token a byte: the text is in the last of them, and other lanes go on."""
+    loaded = tiny.model()
+    whole = tiny.greedy(loaded, PROMPTS, 8)
+    seen: list[list[int]] = []
+
+    def stops(tokens: Sequence[int]) -> bool:
+        seen.append([*tokens])
+        return [*tokens] == whole[1][:3]
+
+    assert tiny.greedy(loaded, PROMPTS, 8, stops=stops) == [whole[0], whole[1][:3], *whole[2:]]
+    assert seen[0] == whole[0][:1], "the prompt is no part of what is looked at"
+
+
+@pytest.mark.parametrize(
+    ("text", "at"), [("lo w", 7), ("hello", 5), ("\u00e9", 13), ("d\u00e9", 13), ("x", None), ("", 1)]
+)
+def test_a_text_is_found_when_its_last_token_comes(text: str, at: int | None) -> None:
+    tokens = [*tiny.tokenizer()("hello world\u00e9!")["input_ids"]]
+    found = StopTexts(tiny.tokenizer(), ["no such text", text])
+    ends = [count for count in range(1, len(tokens) + 1) if found(tokens[:count])]
+    assert (ends[0] if ends else None) == at

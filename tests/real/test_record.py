@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,16 +15,18 @@ import real.cli
 from real.cli import RecordOptions, _check_lookahead, _summary
 from real.generate import Sampler, generate, left_pad
 from real.models.families import FAMILIES
-from real.models.load import load_spec
-from real.record import Collector, record
+from real.models.load import load, load_spec
+from real.record import Collector, record, router_means_of
 from real.routing import RouterCall, RouterTap, lookahead
 from tests.real import tiny
 from traces import store
 from traces.errors import InputError
 from traces.prompts import Prompt, digest
+from traces.router_means import packed, unpacked
 from traces.schema import NOT_ROUTED, Phase, Trace
 
 EVERY = pytest.mark.parametrize("model_type", list(FAMILIES))
+DECODERS = pytest.mark.parametrize("model_type", tiny.DECODERS)
 PROMPTS = [Prompt("greeting", "Hello there"), Prompt("code", "def"), Prompt("code", "x = 1\n")]
 
 
@@ -33,7 +36,7 @@ def rows_of(trace: Trace, sequence: int) -> dict[str, np.ndarray]:
     return {name: array[chosen] for name, array in trace.arrays() if name not in ("step", "sequence")}
 
 
-@EVERY
+@DECODERS
 def test_trace_holds_what_the_routers_returned(model_type: str) -> None:
     loaded = tiny.model(model_type)
     calls: list[RouterCall] = []
@@ -51,7 +54,7 @@ def test_trace_holds_what_the_routers_returned(model_type: str) -> None:
         ids = torch.cat([call.ids for call in mine]).gather(1, order)
         weights = torch.cat([call.weights for call in mine]).gather(1, order)
         assert np.array_equal(trace.expert_ids[:, layer], ids.numpy())
-        assert np.array_equal(trace.expert_ids[:, layer], logits.topk(2).indices.numpy())
+        assert np.array_equal(trace.expert_ids[:, layer], tiny.best_two(loaded.layers[layer].router, logits).numpy())
         assert np.array_equal(trace.gates[:, layer], weights.half().numpy())
         assert np.array_equal(trace.scores[:, layer], logits.softmax(-1).half().numpy())
     assert (np.diff(trace.gates.astype(float), axis=-1) <= 0).all()
@@ -299,3 +302,53 @@ def test_more_tokens_than_the_model_has_positions_are_refused() -> None:
     most = loaded.config.max_position_embeddings
     with pytest.raises(InputError, match=rf"together be at most the model's {most} positions, got 2 and {most - 1}$"):
         record(loaded, PROMPTS[1:2], max_prompt_tokens=2, max_new_tokens=most - 1)
+
+
+def test_residuals_of_other_prompts_correct_the_look_ahead() -> None:
+    loaded = tiny.model("mixtral", layers=3)
+    hidden: list[torch.Tensor] = []
+
+    class Listener:
+        def on_route(self, call: RouterCall) -> None:
+            hidden.append(call.hidden)
+
+    with RouterTap(loaded.layers, Listener()):
+        router_means = router_means_of(loaded, PROMPTS[:1], max_prompt_tokens=4, max_new_tokens=3)
+    means = torch.stack([torch.cat(hidden[layer::3]).mean(dim=0) for layer in range(3)])
+    assert torch.allclose(means, torch.from_numpy(unpacked(router_means, 3)), atol=2e-3)
+    hidden.clear()
+    with RouterTap(loaded.layers, Listener()):
+        trace = record(loaded, PROMPTS[1:2], max_new_tokens=1, lookahead_depth=2, router_means=router_means)
+    header, routers = trace.header, [layer.router for layer in loaded.layers]
+    assert (header.lookahead_router, header.router_means) == ("residual", router_means)
+    for layer in range(3):
+        ahead = lookahead(hidden[layer], layer, 2, routers, 2, torch.from_numpy(header.means))
+        assert np.array_equal(trace.lookahead[:, layer], ahead.numpy())
+    with pytest.raises(InputError, match="router_means must have the model's hidden width 32, got 1"):
+        record(loaded, PROMPTS, router_means=packed(np.ones((3, 1))))
+
+
+def test_command_fits_the_residual_router_to_prompts_that_are_not_recorded(checkpoint: Path, tmp_path: Path) -> None:
+    out, prompts = tmp_path / "a.safetensors", tmp_path / "prompts.jsonl"
+    options = {"model": str(checkpoint), "prompts": prompts, "max_new_tokens": 2, "lookahead_router": "residual"}
+    real.cli.record(**options, domains="a", residual_prompts=prompts, out=out)
+    header = store.load(out).header
+    model = load(str(checkpoint), with_experts=True)
+    assert header.router_means == router_means_of(model, [Prompt("b", "three")], max_new_tokens=2)
+    assert header.lookahead_router == "residual"
+    real.cli.record(like=out)
+    with pytest.raises(InputError, match=r"residual-prompts must hold others than those recorded, got none in prompts"):
+        real.cli.record(**options, residual_prompts=prompts, out=out, force=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"lookahead_router": "residul"}, "lookahead-router must be a known name, got 'residul'"),
+        ({"lookahead_router": "residual", "lookahead": 0}, "lookahead must be at least 1 with lookahead-router res"),
+        ({"residual_prompts": "x.txt"}, "residual-prompts must be left out without lookahead-router residual"),
+    ],
+)
+def test_options_of_the_residual_router_go_together(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        RecordOptions(**options)

@@ -12,12 +12,13 @@ from real.generate import HookChain, generate, left_pad
 from real.models.families import FAMILIES
 from real.models.load import LoadedModel
 from real.record import Collector
-from real.routing import Replay, RouterCall, RouterTap, lookahead
+from real.routing import MeanInputs, Replay, RouterCall, RouterTap, lookahead
 from tests.real import tiny
 from traces.errors import InputError
-from traces.schema import NOT_ROUTED, Trace
+from traces.schema import NOT_ROUTED, Phase, Trace
 
 EVERY = pytest.mark.parametrize("model_type", list(FAMILIES))
+DECODERS = pytest.mark.parametrize("model_type", tiny.DECODERS)
 PROMPTS = [[5, 17, 200, 31, 8], [90, 4]]
 FORCED = [[3, 4, 5, 6], [7, 8]]
 
@@ -67,7 +68,7 @@ def real_rows(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat([logits[:3].flatten(0, 1), logits[3:, 0]])
 
 
-@EVERY
+@DECODERS
 def test_tap_sees_every_layer_in_order_with_the_routers_choice(model_type: str) -> None:
     loaded, calls = tiny.model(model_type), Calls()
     with RouterTap(loaded.layers, calls):
@@ -77,7 +78,7 @@ def test_tap_sees_every_layer_in_order_with_the_routers_choice(model_type: str) 
         assert call.hidden.shape == (rows, 32)
         assert call.logits.shape == (rows, 8)
         assert call.weights.shape == call.ids.shape == (rows, 2)
-        best = call.logits.topk(2, dim=-1).indices
+        best = tiny.best_two(loaded.layers[call.layer].router, call.logits)
         assert torch.equal(call.ids.sort(-1).values, best.sort(-1).values)
 
 
@@ -121,7 +122,7 @@ def test_replay_without_padding_is_exact(model_type: str) -> None:
     assert torch.equal(replayed(loaded, trace, lanes=1, own_gates=True), logits)
 
 
-@EVERY
+@DECODERS
 def test_another_routing_changes_the_logits_and_is_what_runs(model_type: str) -> None:
     loaded = tiny.model(model_type)
     trace, logits = recorded(loaded)
@@ -200,7 +201,7 @@ def test_replay_refuses_what_does_not_fit() -> None:
         replay.on_route(RouterCall(0, torch.zeros(2, 32), torch.zeros(2, 8), torch.zeros(2, 2), torch.zeros(2, 2)))
 
 
-@EVERY
+@DECODERS
 def test_lookahead_is_the_next_routers_top_k(model_type: str) -> None:
     loaded = tiny.model(model_type, layers=4 if model_type in ("olmoe", "mixtral") else None)
     routers = [layer.router for layer in loaded.layers]
@@ -209,10 +210,34 @@ def test_lookahead_is_the_next_routers_top_k(model_type: str) -> None:
         ahead = lookahead(hidden, 0, 2, routers, 2)
     assert not calls.calls
     assert ahead.shape == (6, 2, 2)
-    by_hand = (hidden @ routers[1].weight.T).topk(2, dim=-1).indices
-    assert torch.equal(ahead[:, 0], by_hand)
+    logits = [torch.nn.functional.linear(hidden, one.weight, getattr(one, "bias", None)) for one in routers]
+    assert torch.equal(ahead[:, 0], tiny.best_two(routers[1], logits[1]))
     if len(routers) > 2:
-        assert torch.equal(ahead[:, 1], (hidden @ routers[2].weight.T).topk(2, dim=-1).indices)
+        assert torch.equal(ahead[:, 1], tiny.best_two(routers[2], logits[2]))
     else:
         assert (ahead[:, 1] == NOT_ROUTED).all()
     assert (lookahead(hidden, len(routers) - 1, 2, routers, 2) == NOT_ROUTED).all()
+
+
+def test_lookahead_with_means_reads_the_input_plus_what_the_mean_changes_by() -> None:
+    loaded = tiny.model("olmoe", layers=4)
+    routers = [layer.router for layer in loaded.layers]
+    random = torch.Generator().manual_seed(3)
+    hidden, means = torch.randn(6, 32, generator=random), torch.randn(4, 32, generator=random)
+    corrected = lookahead(hidden, 1, 2, routers, 2, means)
+    for ahead in range(2):
+        residual = means[2 + ahead] - means[1]
+        own = lookahead(hidden + residual, 1, 2, routers, 2)
+        assert torch.equal(corrected[:, ahead], own[:, ahead])
+    assert torch.equal(lookahead(hidden, 1, 2, routers, 2, means * 0), lookahead(hidden, 1, 2, routers, 2))
+    assert not torch.equal(corrected, lookahead(hidden, 1, 2, routers, 2))
+
+
+def test_mean_inputs_are_those_of_the_real_tokens() -> None:
+    found, steps = MeanInputs(1), [([[True, False], [True, True]], [[1.0], [9.0], [2.0], [6.0]]), ([[True]], [[7.0]])]
+    for mask, hidden in steps:
+        found.begin_step(0, Phase.PREFILL, torch.tensor(mask), torch.zeros(1), torch.zeros(1))
+        found.on_route(RouterCall(0, torch.tensor(hidden), torch.zeros(1), torch.zeros(1), torch.zeros(1)))
+    assert found.means().tolist() == [[4.0]]
+    with pytest.raises(InputError, match="must have at least one token, got none"):
+        MeanInputs(1).means()

@@ -20,10 +20,9 @@ def test_experts_are_packed_without_loss(model_type: str) -> None:
     store = HostStore(loaded)
     for layer in plain.layers:
         for expert in range(plain.spec.experts):
-            gate_up, down = plain.family.experts_tensors(layer.experts, expert)
-            packed_gate_up, packed_down = store.views(store.expert(layer.index, expert))
-            assert torch.equal(packed_gate_up, gate_up)
-            assert torch.equal(packed_down, down)
+            tensors = plain.family.experts_tensors(layer.experts, expert)
+            packed = store.views(store.expert(layer.index, expert))
+            assert all(torch.equal(one, other) for one, other in zip(packed, tensors, strict=True))
 
 
 @pytest.mark.parametrize("model_type", list(FAMILIES))
@@ -57,6 +56,88 @@ def test_random_experts_are_seeded_and_differ() -> None:
     assert not torch.equal(first.expert(0, 3), first.expert(1, 3))
     assert first.dtype == torch.bfloat16
     assert 0 < float(first.expert(0, 0).abs().max()) <= 0.0201
+
+
+def test_every_random_expert_differs_where_they_are_windows_of_one_small_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("real.packing._BLOCK_BYTES", 2 * 1000)
+    store = random_store(1)
+    spec = store.spec
+    assert spec.expert_elements > 1000
+    experts = {
+        tuple(store.expert(layer, expert).tolist())
+        for layer in range(spec.moe_layers)
+        for expert in range(spec.experts)
+    }
+    assert len(experts) == spec.moe_layers * spec.experts
+    assert all(min(numbers[:1000]) < -0.01 < 0.01 < max(numbers[-536:]) for numbers in experts)
+
+
+def test_large_random_matrices_outside_the_experts_have_the_spread_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = load_spec(tiny.SPECS["olmoe"], seed=5).model
+    monkeypatch.setattr("real.models.load._LARGE", 1000)
+    model, again, other = (load_spec(tiny.SPECS["olmoe"], seed=seed).model for seed in (5, 5, 6))
+    heads = [one.get_output_embeddings().weight for one in (model, again, other, wanted)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert not torch.equal(heads[0], model.get_input_embeddings().weight)
+    assert float(heads[0].std()) == pytest.approx(float(heads[3].std()), rel=0.1)
+    assert torch.equal(model.model.norm.weight, wanted.model.norm.weight)
+
+
+class Cudart:
+    """What pins memory, in the place of CUDA: it takes ``most`` buffers, and refuses the others."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.registered, self.sizes = most, set[int](), list[int]()
+
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        if len(self.registered) == self.most:
+            return 2
+        self.registered.add(pointer)
+        self.sizes.append(size)
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:  # noqa: N802
+        self.registered.remove(pointer)
+        return 0
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_what_cannot_be_pinned_stays_pageable(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = Cudart(most)
+    monkeypatch.setattr("torch.cuda.cudart", lambda: cudart)
+    monkeypatch.setattr("real.store._clear_error", lambda: False)
+    store = HostStore(own_model(), pin=True)
+    layer_bytes = store.spec.experts * store.spec.expert_bytes
+    assert cudart.sizes == [layer_bytes] * most
+    assert store.pinned_bytes == most * layer_bytes
+    assert store.bytes == 2 * layer_bytes
+    assert cudart.registered == {store.expert(layer, 0).data_ptr() for layer in range(most)}
+    plain = HostStore(own_model())
+    assert plain.pinned_bytes == 0
+    assert all(torch.equal(store.expert(layer, 3), plain.expert(layer, 3)) for layer in range(2))
+    store.close()
+    assert not cudart.registered
+    assert store.pinned_bytes == 0
+
+
+def test_memory_is_unpinned_when_the_store_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = Cudart(2)
+    monkeypatch.setattr("torch.cuda.cudart", lambda: cudart)
+    store = HostStore(own_model(), pin=True)
+    assert len(cudart.registered) == 2
+    del store
+    assert not cudart.registered
+
+
+def test_cuda_that_cannot_pin_at_all_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr("torch.cuda.cudart", absent)
+    assert HostStore(own_model(), pin=True).pinned_bytes == 0
 
 
 def test_progress_is_told_of_every_layer() -> None:

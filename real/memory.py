@@ -1,0 +1,135 @@
+"""The memory of a real run: counted before it, refused where it cannot do, and read after it."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from traceback import clear_frames
+from typing import TYPE_CHECKING
+
+from sim.memory import MemoryPlan
+from sim.spec import ModelSpec
+from traces.errors import InputError
+from traces.memory import check_free
+
+if TYPE_CHECKING:  # torch takes seconds to be imported, and what is only counted needs none of it
+    import torch
+
+CUBLAS_BYTES = 32 * 2**20
+"""What cuBLAS keeps on a GPU for its products: torch gives it this much on recent ones, and less on older ones."""
+
+
+def on_gpu(device: str) -> bool:
+    """Whether ``device``, a name as :func:`real.device.open_device` takes it, means a GPU."""
+    if device != "auto":
+        return device == "cuda"
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def workspace_bytes(spec: ModelSpec, *, lanes: int, rows: int, context: int, gpu: bool) -> int:
+    """The most that a forward pass over ``rows`` tokens, padding included, holds beside the KV cache of its lanes.
+
+    Counted are one MoE layer, with the rows gathered for its experts and what these give, and an expert that is kept
+    quantised as it is computed with; one layer's attention and its dense or shared part; the logits of the last tokens;
+    one layer's KV cache, twice while it grows; and cuBLAS. The parts do not all peak together, so that this is an upper
+    bound for the kernels that torch chooses for long prompts.
+    """
+    element, routed = spec.bytes_per_element, rows * spec.top_k
+    experts = routed * spec.hidden * (4 * element + 4) + rows * 4 * spec.expert_width * element
+    attention = rows * (4 * spec.hidden + spec.head_dim * (3 * spec.heads + 2 * spec.kv_heads)) * element
+    dense = rows * 4 * max(spec.dense_width, spec.shared_width) * element
+    logits = lanes * spec.vocab * (element + 4)
+    growing = lanes * context * spec.kv_bytes_per_token / spec.layers
+    unpacked = 2 * spec.expert_elements * element if spec.expert_bits < 8 * element else 0
+    return int(experts + unpacked + attention + dense + logits + growing) + (CUBLAS_BYTES if gpu else 0)
+
+
+def check_room(spec: ModelSpec, plan: MemoryPlan, *, gpu: bool) -> None:
+    """Raises :class:`InputError` for a run that the free memory of the host, or of the GPU, does not hold.
+
+    The host holds all experts, and where no GPU is used also what stands for one.
+    """
+    experts_bytes = spec.moe_layers * spec.experts * spec.expert_bytes
+    weights_bytes = experts_bytes + spec.dense_bytes
+    beside_bytes = 0 if gpu else plan.total_bytes - plan.dense_bytes
+    beside = f" and {beside_bytes / 1e9:.1f} GB of slots, KV cache and workspace" if beside_bytes else ""
+    check_free(
+        weights_bytes + beside_bytes,
+        "model",
+        f"{spec.name} with {weights_bytes / 1e9:.1f} GB of {spec.dtype} weights{beside}",
+    )
+    if gpu:
+        _check_gpu(plan)
+
+
+def _check_gpu(plan: MemoryPlan) -> None:
+    import torch
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    if plan.total_bytes > free_bytes:
+        raise InputError(
+            f"gpu-memory (or cache) must fit what is free of the GPU's memory ({free_bytes / 1e9:.2f} of "
+            f"{total_bytes / 1e9:.2f} GB; another process may hold the rest), got {plan.told()}"
+        )
+
+
+@contextmanager
+def told_when_full() -> Iterator[None]:
+    """Turns a GPU that is out of memory into an :class:`InputError`, and lets go of what the failed work had taken."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        clear_frames(error.__traceback__)  # their variables hold tensors
+        wanted = str(error).partition("Tried to allocate ")[2].partition(". ")[0] or "more"
+        raise _full(wanted) from None
+
+
+def _full(wanted: str) -> InputError:
+    import torch
+
+    gc.collect()
+    free = ""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        free = f" ({free_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB are free)"
+    return InputError(
+        f"gpu-memory (or cache) must be lower: the GPU must have room for {wanted}{free}, and another process may hold "
+        "the rest, got out of memory"
+    )
+
+
+def begin_peak(device: torch.device) -> None:
+    """From here on :func:`peak` counts."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: torch.device) -> dict[str, int]:
+    """The most memory that was taken, in bytes: of the process on the host since it began, of the GPU by torch."""
+    taken = {"host_resident_bytes": _resident_bytes()}
+    if device.type == "cuda":
+        import torch
+
+        taken["device_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        taken["device_reserved_bytes"] = torch.cuda.max_memory_reserved()
+    return taken
+
+
+def _resident_bytes() -> int:
+    """The most that this program has had in the host's memory; where the system tells no better, that of the program
+    which started it counts too."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,340 @@
+"""The measuring half of a validation: calibrate a model on this machine, then run every configuration for real.
+
+Every finished piece (the profile, each run) is written at once, so that an interrupt loses one run at the most, and
+the same call goes on where it stopped. A folder holds one validation: its settings stand in ``settings.json``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from real.calibrate import calibrate, describe_machine
+from real.decode import Machine, replay
+from real.device import Device, open_device
+from real.memory import workspace_bytes
+from real.subjects import Subject
+from sim.memory import MemoryPlan
+from sim.needs import check_needs, has_residuals
+from sim.presets import Preset, find_preset
+from sim.profile import ProfileCosts
+from sim.results import check_folder
+from sim.spec.profile import Profile
+from sim.systems import Budget, SystemSpec, parse_capacity
+from traces.errors import InputError
+from traces.store import save as save_trace
+from traces.synthetic import Sizes, zipf
+from traces.workload import Workload, one_at_a_time
+
+if TYPE_CHECKING:
+    from sim.replay.calibration import TraceCalibration
+
+PROTOCOL_VERSION = 1
+DEFAULT_SYSTEMS = (
+    "on-demand",
+    "mixtral-offloading",
+    "adapmoe",
+    "ktransformers",
+    "fiddler",
+    "hybrimoe",
+    "dali",
+    "freetoken",
+)
+DEFAULT_CACHES = ("25%", "50%", "75%")
+CONSTANT_REPEATS, CONSTANT_SEED = 3, 7
+CONSTANT_SIZES: dict[str, Any] = {"sequences": 1, "prompt_tokens": 32, "new_tokens": 12, "lookahead": 3}
+"""Runs of each system on synthetic routing, whose mean token is the constant that skill is measured against."""
+JUDGING_S = 3.0
+"""Seconds that are set aside for judging one configuration, within a time limit."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the content of a validation; two calls with equal settings fill the same folder."""
+
+    device: str
+    models: tuple[str, ...]
+    dtype: str
+    systems: tuple[str, ...]
+    caches: tuple[str, ...]
+    repeats: int
+    tokens: int
+    sequences: int
+    trace: str
+    calibration: str
+    seed: int = 0
+    protocol: int = PROTOCOL_VERSION
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the settings."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a validation has come: pieces that are there, of all, and what is missing, by the model's name."""
+
+    done: int
+    total: int
+    missing: dict[str, list[str]]
+
+    @property
+    def complete(self) -> bool:
+        return self.done == self.total
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One run to be measured: where it goes, and what it is."""
+
+    folder: Path
+    preset: Preset
+    cache: str
+    constant: bool
+
+
+class Validation:
+    """A validation in the folder ``out``; ``say`` is told what is being done, ``advance`` of every finished run."""
+
+    def __init__(self, out: Path, settings: Settings, subjects: Sequence[Subject]) -> None:
+        """Raises :class:`InputError` for a system that cannot run here, and a folder that holds something else."""
+        self.out, self.settings, self.subjects = out, settings, subjects
+        self._presets = [find_preset(name) for name in settings.systems]
+        for one in subjects:
+            self._check(one)
+        _claim(out, settings)
+
+    def run(
+        self,
+        *,
+        limit_s: float | None = None,
+        say: Callable[[str], None] = lambda text: None,
+        advance: Callable[[], None] = lambda: None,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> Progress:
+        """Measures what is missing, and stops cleanly before ``limit_s`` seconds have passed."""
+        clock = _Clock(limit_s, JUDGING_S * len(self._points()) * len(self.subjects), now_s)
+        for one in self.subjects:
+            missing = [piece for piece in self._pieces(one) if not _is_there(piece.folder)]
+            if (not missing and self._profile_of(one).exists()) or clock.over():
+                continue
+            self._keep_routing(one)
+            say(f"loading {one.name}")
+            with open_device(self.settings.device) as device:
+                self._measure(one, device, missing, clock, say, advance)
+            gc.collect()  # one model's memory is needed for the next
+        return self.progress()
+
+    def progress(self) -> Progress:
+        """What is there, and what is not."""
+        missing: dict[str, list[str]] = {}
+        total = 0
+        for one in self.subjects:
+            pieces = self._pieces(one)
+            left = [str(piece.folder.relative_to(self.out)) for piece in pieces if not _is_there(piece.folder)]
+            left = left if self._profile_of(one).exists() else ["profile", *left]
+            total += len(pieces) + 1
+            if left:
+                missing[one.name] = left
+        return Progress(total - sum(map(len, missing.values())), total, missing)
+
+    def _measure(
+        self,
+        one: Subject,
+        device: Device,
+        missing: Sequence[_Piece],
+        clock: _Clock,
+        say: Callable[[str], None],
+        advance: Callable[[], None],
+    ) -> None:
+        machine = Machine.prepare(one.load(), device, seed=self.settings.seed)
+        profile = self._calibrated(one, machine, say)
+        costs, learned = ProfileCosts(profile, one.spec), _learned(one)
+        workloads = {True: constant_workload(machine), False: one_at_a_time(one.judged)}
+        advance()
+        for piece in missing:
+            if clock.over():
+                return
+            with clock.timing():
+                say(f"{one.name}: {piece.preset.name} at {piece.cache}")
+                workload = _labelled(workloads[piece.constant], piece.cache)
+                (system, notes), budget = _fitted(piece.preset, one, learned), _budget(piece, one, learned)
+                run = replay(machine, workload, system, budget, costs, calibration=learned)
+                memory = _memory(one, workload, budget, system.scope, gpu=device.torch_device.type == "cuda")
+                about = {"costs": costs.name, "memory": memory, "notes": [*notes, *run.info.notes]}
+                run.info = run.info.model_copy(update=about)
+                run.save(piece.folder)
+            advance()
+
+    def _calibrated(self, one: Subject, machine: Machine, say: Callable[[str], None]) -> Profile:
+        path = self._profile_of(one)
+        if not path.exists():
+            calibrate(
+                machine,
+                name=machine.hardware,
+                repeats=self.settings.repeats,
+                seed=self.settings.seed,
+                progress=lambda text: say(f"calibrating {one.name}: {text}"),
+            ).save(path)
+        return Profile.load(path)
+
+    def _keep_routing(self, one: Subject) -> None:
+        for name, trace in (("trace", one.judged), ("calibration", one.learned)):
+            path = self.out / one.name / f"{name}.safetensors"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_trace(trace, path)
+
+    def _pieces(self, one: Subject) -> list[_Piece]:
+        """All runs: those of the constants first, then every repeat of every configuration in turn."""
+        return [*self._constants(one), *self._judged(one)]
+
+    def _constants(self, one: Subject) -> Iterator[_Piece]:
+        slots = str(max(1, 3 * one.spec.experts // 8))
+        for repeat in range(1, CONSTANT_REPEATS + 1):
+            for chosen in self._presets:
+                yield _Piece(self.out / one.name / "constants" / chosen.name / f"r{repeat}", chosen, slots, True)
+
+    def _judged(self, one: Subject) -> Iterator[_Piece]:
+        for repeat in range(1, self.settings.repeats + 1):
+            for chosen, cache in self._points():
+                folder = self.out / one.name / "runs" / chosen.name / cache.replace("%", "pct") / f"r{repeat}"
+                yield _Piece(folder, chosen, cache, False)
+
+    def _points(self) -> list[tuple[Preset, str]]:
+        return [(chosen, cache) for chosen in self._presets for cache in self.settings.caches]
+
+    def _profile_of(self, one: Subject) -> Path:
+        return self.out / one.name / "profile.toml"
+
+    def _check(self, one: Subject) -> None:
+        learned = _learned(one)
+        for chosen, cache in self._points():
+            if chosen.sim_only:
+                raise InputError(f"systems must be ones that real models can run, got {chosen.name}, simulated only")
+            parse_capacity(cache, layers=one.spec.moe_layers, experts=one.spec.experts, field="caches")
+            check_needs(one.judged, _fitted(chosen, one, learned)[0], learned)
+
+
+def constant_workload(machine: Machine) -> Workload:
+    """Synthetic routing at the model's dimensions, from a seed that neither calibration nor judging uses."""
+    spec = machine.loaded.spec
+    sizes = Sizes(
+        layers=spec.moe_layers,
+        experts=spec.experts,
+        top_k=spec.top_k,
+        expert_bytes=spec.expert_bytes,
+        **CONSTANT_SIZES,
+    )
+    return one_at_a_time(zipf(np.random.default_rng(CONSTANT_SEED), sizes))
+
+
+class _Clock:
+    """Says when a time limit leaves no room for another piece, with ``reserve_s`` set aside for what follows."""
+
+    def __init__(self, limit_s: float | None, reserve_s: float, now_s: Callable[[], float]) -> None:
+        self._now_s, self._longest_s = now_s, 0.0
+        self._end_s = None if limit_s is None else now_s() + limit_s - min(reserve_s, limit_s / 4)
+        self._begun_s = 0.0
+
+    def over(self) -> bool:
+        """Whether the next piece might not end in time."""
+        return self._end_s is not None and self._now_s() + 1.2 * self._longest_s >= self._end_s
+
+    def timing(self) -> _Clock:
+        return self
+
+    def __enter__(self) -> None:
+        self._begun_s = self._now_s()
+
+    def __exit__(self, *error: object) -> None:
+        self._longest_s = max(self._longest_s, self._now_s() - self._begun_s)
+
+
+def _learned(one: Subject) -> TraceCalibration | None:
+    """What fitted systems learn from; None where numba is not installed, without which they have their stand-ins."""
+    if find_spec("numba") is None:
+        return None
+    from sim.replay.calibration import TraceCalibration
+
+    return TraceCalibration.of(one.learned, one.judged)
+
+
+def _fitted(chosen: Preset, one: Subject, learned: TraceCalibration | None) -> tuple[SystemSpec, list[str]]:
+    return chosen.fitted(calibrated=learned is not None, residuals=has_residuals(one.judged))
+
+
+def _budget(piece: _Piece, one: Subject, learned: TraceCalibration | None) -> Budget:
+    """The slots of a run: a share of each layer's experts, and the same bytes in one pool where a system has one."""
+    spec = one.spec
+    even = parse_capacity(piece.cache, layers=spec.moe_layers, experts=spec.experts)
+    if piece.preset.system.scope == "global":
+        even = even.model_copy(update={"slots": even.slots * spec.moe_layers})
+    return piece.preset.budget(even, layers=spec.moe_layers, experts=spec.experts, calibration=learned)
+
+
+def _memory(one: Subject, workload: Workload, budget: Budget, scope: str, *, gpu: bool) -> dict[str, int]:
+    """The bytes that a run was planned to need on the device."""
+    context, rows = (max(values) for values in zip(*((step.context, len(step.rows)) for step in workload), strict=True))
+    workspace = workspace_bytes(one.spec, lanes=1, rows=rows, context=context, gpu=gpu)
+    plan = MemoryPlan.of(one.spec, budget, scope=scope, lanes=1, context=context, workspace_bytes=workspace)
+    return dict(plan.model_dump())
+
+
+def _labelled(workload: Workload, cache: str) -> Workload:
+    """The workload with the cache size as it was asked for, which a system's slots do not always tell."""
+    return replace(workload, about={**workload.about, "cache": cache})
+
+
+def _is_there(folder: Path) -> bool:
+    return (folder / "run.json").exists()
+
+
+def _claim(out: Path, settings: Settings) -> None:
+    """Writes the settings and the machine into a new folder; raises :class:`InputError` where others stand there."""
+    about = json.loads(json.dumps({"digest": settings.digest, **asdict(settings)}))
+    environment = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), **describe_machine()}
+    if not (out / "settings.json").exists():
+        check_folder(out, force=False)
+        _write(out / "environment.json", environment)  # first: a folder with settings is complete
+        _write(out / "settings.json", about)
+        return
+    _compare(out / "settings.json", about, "of the same validation")
+    _compare(out / "environment.json", environment, "of this machine and these versions")
+
+
+def _compare(path: Path, wanted: dict[str, Any], rule: str) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"out must be a folder of a validation, got {path} ({error})") from error
+    for field, value in wanted.items():
+        if field not in ("digest", "date") and found.get(field) != value:
+            told = f"{field} {_short(found.get(field))} in place of {_short(value)}"
+            raise InputError(f"out must be a new folder, or one {rule}, got {path.parent} with {told}")
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)[:60]
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise InputError(f"out must be a folder that can be written, got {path} ({error.strerror})") from error
