@@ -1,8 +1,9 @@
-"""``moetwin compare``: two result folders in, a table on the terminal and a page on the disk out."""
+"""``moetwin compare``: measured and simulated runs in, a table on the terminal and a page on the disk out."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from analysis.files import check_file, write_text
 from analysis.frames import load_runs
 from analysis.report import render_markdown, render_report, system_label, verdict
 from analysis.timeline import write_perfetto
+from sim.results import check_folder
 from traces.errors import InputError
 from traces.schema import Trace
 from traces.store import load as load_trace
@@ -26,9 +28,27 @@ ENDINGS = {"out": (".html", ".htm"), "perfetto": (".json",), "markdown": (".md",
 
 
 def compare(
-    measured: Annotated[Path, typer.Argument(help="Result folder of the measured run.", show_default=False)],
-    simulated: Annotated[Path, typer.Argument(help="Result folder of the simulated run.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    measured_run: Annotated[
+        Path | None, typer.Argument(metavar="MEASURED", help="Result folder of the measured run.", show_default=False)
+    ] = None,
+    simulated: Annotated[
+        Path | None, typer.Argument(help="Result folder of the simulated run.", show_default=False)
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="Instead of two runs: a measured run, or a folder of them, each simulated on --profile."),
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="The profile to simulate measured runs on.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="With --measured: the trace that fitted systems learned from, if it is not beside the runs."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The HTML page to write, or with --measured the folder.", show_default="report.html, or report"
+        ),
+    ] = None,
     repeat: Annotated[
         list[Path] | None, typer.Option(help="Further measured runs of the same work; repeatable. Gives the noise.")
     ] = None,
@@ -48,18 +68,34 @@ def compare(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
-    """Compare a measured with a simulated run of the same work, and write a report.
+    """Compare a measured with a simulated run of the same work, or simulate measured runs, and write a report.
+
+    With --measured the runs' trace is sought beside them and among those that ship, unless --trace names its file.
 
     Examples:
 
       moetwin compare runs/measured runs/simulated
 
       moetwin compare runs/r1 runs/simulated --repeat runs/r2 --repeat runs/r3 --out out.html --perfetto out.json
+
+      moetwin compare --measured runs --profile here.toml --out report
     """
+    if measured is not None:
+        alone = {"simulated": simulated, "repeat": repeat, "perfetto": perfetto, "markdown": markdown}
+        _refuse({"a measured run by its place": measured_run, **alone}, "with --measured")
+        _judge(measured, profile, trace, calibration, out or Path("report"), as_json=json_, force=force)
+        return
+    _refuse({"profile": profile, "calibration": calibration}, "without --measured")
+    for name, given in {"measured": measured_run, "simulated": simulated}.items():
+        if given is None:
+            raise InputError(f"{name} must be given, got nothing")
+    assert measured_run is not None
+    assert simulated is not None
+    out = out or Path("report.html")
     targets = {"out": out, "perfetto": perfetto, "markdown": markdown}
     _check_targets(targets, force=force)
-    _spare_inputs(targets, [measured, simulated, *(repeat or [])])
-    ours, theirs, *others = load_runs([measured, simulated, *(repeat or [])])
+    _spare_inputs(targets, [measured_run, simulated, *(repeat or [])])
+    ours, theirs, *others = load_runs([measured_run, simulated, *(repeat or [])])
     recorded = None if trace is None else _trace(trace, ours.info.trace_digest)
     outcome = compare_runs(ours, theirs, repeats=others, calibration_mean_s=calibration_mean_s)
     page = render_report(comparison=outcome, measured=ours, simulated=theirs, trace=recorded, facts={})
@@ -69,6 +105,34 @@ def compare(
     if markdown is not None:
         written["markdown"] = write_text(markdown, render_markdown(outcome), force=force, field="markdown")
     _show(outcome, written, as_json=json_)
+
+
+def _refuse(given: Mapping[str, object], where: str) -> None:
+    for name, value in given.items():
+        if value:
+            raise InputError(f"{name} must be left out {where}, got {value}")
+
+
+def _judge(
+    measured: Path,
+    profile: Path | None,
+    trace: Path | None,
+    calibration: Path | None,
+    out: Path,
+    *,
+    as_json: bool,
+    force: bool,
+) -> None:
+    """Simulates every measured run in a folder on a profile, and judges them all in one report."""
+    if profile is None:
+        raise InputError("profile must be given with --measured, got nothing")
+    from analysis.judging import PAGE, outcome_of, show, write_report
+
+    check_folder(out, force=force)
+    _spare_inputs({"out": out}, [measured])
+    outcome = outcome_of([(measured, profile)], facts={"runs": str(measured)}, trace=trace, calibration=calibration)
+    write_report(out, outcome, force=force)
+    show(outcome, out / PAGE, as_json=as_json)
 
 
 def _check_targets(targets: dict[str, Path | None], *, force: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +13,11 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from analysis.heartbeat import Heartbeat
 from sim import options
+from sim.grouped import grouped
 from sim.presets import Preset
-from sim.results import check_folder, write_folder
+from sim.results import RunResult, check_folder, write_folder
 from sim.scenario import MOST_SEED, Prepared, Scenario, alongside
 from sim.spec import catalogue
 from sim.spec.catalogue import REFERENCE_MACHINE
@@ -22,6 +25,7 @@ from traces.errors import InputError, unknown_name
 from traces.limits import MOST_BATCH
 
 SYSTEMS_PLOT = "systems.png"
+DEFAULT_CACHE = "25%"
 BATCHINGS = ("lock-step", "continuous")
 
 Model = Annotated[str | None, typer.Option(help="A model of the catalogue, or a TOML file; else the trace's own.")]
@@ -62,42 +66,68 @@ Batching = Annotated[
 PrefillChunk = Annotated[int, typer.Option(min=0, help="Most prompt tokens of a forward pass; 0: whole prompts.")]
 ArrivalsOption = Annotated[
     str | None,
-    typer.Option("--arrivals", help="poisson, or a CSV of times (arrival_s, or Azure's columns); else all are there."),
+    typer.Option(
+        "--arrivals",
+        help="poisson, or a CSV of times (arrival_s, or Azure's TIMESTAMP, not its tokens); else all are there.",
+    ),
 ]
 Rate = Annotated[float | None, typer.Option(help="Requests a second; recorded arrivals are stretched to it.")]
 
 
+@dataclass(frozen=True)
+class Room:
+    """The memory there is, and what is fitted to beforehand."""
+
+    calibration: options.Calibration = None
+    cache: options.Cache = None
+    gpu_memory: options.GpuMemory = None
+    host_memory: HostMemory = None
+    context: Context = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The model, and what it runs on."""
+
+    model: Model = None
+    model_set: ModelSet = None
+    quant: Annotated[str | None, typer.Option(help="Format of the experts: fp32, bf16, int8, int4...")] = None
+    hardware: Hardware = None
+    link_gb_per_s: Annotated[float | None, typer.Option(help="Bandwidth of the link.")] = None
+    hardware_set: HardwareSet = None
+    compute_table: ComputeTableFile = None
+    profile: ProfileFile = None
+
+    def fields(self) -> dict[str, Any]:
+        """The same as a :class:`Scenario` takes it; raises :class:`InputError` for what is no setting."""
+        fields = asdict(self)
+        link_gb_per_s = fields.pop("link_gb_per_s")
+        link = [] if link_gb_per_s is None else [f"link.gb_per_s={link_gb_per_s}"]
+        fields["model_set"] = catalogue.settings_of(self.model_set or (), "model-set")
+        fields["hardware_set"] = catalogue.settings_of([*link, *(self.hardware_set or ())])
+        return fields
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """How the trace's sequences share forward passes, and when they come."""
+
+    batch: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Sequences decoded together, in lock-step.")] = 1
+    batching: Batching = "lock-step"
+    prefill_chunk: PrefillChunk = 0
+    arrivals: ArrivalsOption = None
+    rate_per_s: Rate = None
+
+
+@grouped
 def simulate(
     trace: Annotated[str, typer.Argument(help="A trace file, or the name of one that ships.", show_default=False)],
-    system: options.System = None,
-    systems: options.Systems = None,
-    evict: options.Evict = None,
-    calibration: options.Calibration = None,
-    place: options.Place = None,
-    prefetch: options.Prefetch = None,
-    policy_file: options.PolicyFile = None,
-    option: options.Option = None,
-    scope: options.Scope = None,
-    cache: options.Cache = None,
-    gpu_memory: options.GpuMemory = None,
-    host_memory: HostMemory = None,
-    context: Context = None,
-    model: Model = None,
-    model_set: ModelSet = None,
-    quant: Annotated[str | None, typer.Option(help="Format of the experts: fp32, bf16, int8, int4...")] = None,
-    hardware: Hardware = None,
-    link_gb_per_s: Annotated[float | None, typer.Option(help="Bandwidth of the link.")] = None,
-    hardware_set: HardwareSet = None,
-    compute_table: ComputeTableFile = None,
-    profile: ProfileFile = None,
-    batch: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Sequences decoded together, in lock-step.")] = 1,
-    batching: Batching = "lock-step",
-    prefill_chunk: PrefillChunk = 0,
-    arrivals: ArrivalsOption = None,
-    rate_per_s: Rate = None,
+    of_system: options.SystemOptions,
+    room: Room,
+    machine: Machine,
+    requests: RequestOptions,
     lookahead_recall: StandIn = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of what is drawn at random.")] = 0,
-    synchronous: options.Synchronous = False,
     events: Annotated[bool, typer.Option(help="Keep a row for every piece of work, for timelines.")] = True,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the result's tables; of --systems, one each in it.")
@@ -121,35 +151,12 @@ def simulate(
 
       moetwin simulate mixed --profile here.toml --prefetch next-router --json
     """
-    own = {"evict": evict, "place": place, "prefetch": prefetch, "scope": scope, "synchronous": synchronous}
-    chosen = options.chosen_systems(system, systems, policy_file or (), option or (), own)
-    link = [] if link_gb_per_s is None else [f"link.gb_per_s={link_gb_per_s}"]
-    if batching not in BATCHINGS:
-        raise unknown_name("batching", batching, BATCHINGS)
-    scenario = Scenario(
-        trace=trace,
-        system=chosen[0],
-        model=model,
-        model_set=catalogue.settings_of(model_set or (), "model-set"),
-        quant=quant,
-        hardware=hardware,
-        hardware_set=catalogue.settings_of([*link, *(hardware_set or ())]),
-        compute_table=compute_table,
-        profile=profile,
-        cache=cache,
-        gpu_memory=gpu_memory,
-        host_memory=host_memory,
-        context=context,
-        batch=batch,
-        batching=batching,  # type: ignore[arg-type]  # one of BATCHINGS
-        prefill_chunk=prefill_chunk,
-        arrivals=arrivals,
-        rate_per_s=rate_per_s,
-        calibration=calibration,
-        lookahead_recall=lookahead_recall,
-        seed=seed,
-    )
-    if systems is None:
+    chosen = of_system.chosen()
+    if requests.batching not in BATCHINGS:
+        raise unknown_name("batching", requests.batching, BATCHINGS)
+    given = {**asdict(room), **machine.fields(), **asdict(requests)}
+    scenario = Scenario(trace=trace, system=chosen[0], lookahead_recall=lookahead_recall, seed=seed, **given)
+    if of_system.systems is None:
         _simulate_one(scenario, events=events, out=out, force=force, as_json=as_json)
         return
     _simulate_all(scenario, chosen, events=events, out=out, force=force, as_json=as_json)
@@ -164,7 +171,7 @@ def _simulate_one(scenario: Scenario, *, events: bool, out: Path | None, force: 
     extra = {} if out is None else {"result": str(run.save(out, force=force))}
     if not as_json:
         extra = {"memory": prepared.memory.told(), **extra}
-    options.show_run(run, as_json=as_json, **extra)
+    options.show_run(run, as_json=as_json, extra=extra)
 
 
 def _simulate_all(
@@ -190,10 +197,12 @@ def _simulate_all(
         typer.echo(f"left out: {name}: {reason}", err=True)
     notes = {entry.name: entry.run.info.notes for entry in entries}
 
+    title = _title(scenario, entries[0].run, prepared[0])
+
     def write(folder: Path) -> None:
         for entry in entries:
             entry.run.save(folder / entry.name)
-        systems_plot(records, folder / SYSTEMS_PLOT)
+        systems_plot(records, folder / SYSTEMS_PLOT, title)
 
     if out is not None:
         write_folder(out, write, force=force)
@@ -202,11 +211,26 @@ def _simulate_all(
             typer.echo(json.dumps({**record, "notes": notes[record["system"]]}))
         return
     console = Console(highlight=False)
-    console.print(systems_table(records))
+    console.print(systems_table(records, title))
     for line in (*verdicts(records), *options.notes_of([(entry.name, entry.run) for entry in entries])):
         console.print(line, soft_wrap=True, markup=False)
     if out is not None:
         console.print(f"results: {out}, and side by side in {out / SYSTEMS_PLOT}", soft_wrap=True)
+
+
+def _title(scenario: Scenario, run: RunResult, prepared: Prepared) -> str:
+    """What all systems ran, on what, and within what."""
+    model = prepared.model
+    room = f"{scenario.gpu_memory} of GPU memory" if scenario.gpu_memory else scenario.cache or DEFAULT_CACHE
+    if not scenario.gpu_memory:
+        room += " of the experts on the GPU" if room.endswith("%") else " experts a layer on the GPU"
+    parts = [
+        f"{run.info.source}{', synthetic routing' if run.info.synthetic else ''}: {model.name}",
+        f"experts in {scenario.quant or f'{model.expert_bits:g} bits'}",
+        f"on {prepared.hardware}",
+        room,
+    ]
+    return ", ".join([*parts, *([f"batch {scenario.batch}"] if scenario.batch > 1 else [])])
 
 
 def _prepared(scenarios: Sequence[Scenario]) -> tuple[list[tuple[Preset, Prepared]], dict[str, str]]:
@@ -229,18 +253,21 @@ def _steps(prepared: Sequence[Prepared]) -> int | None:
 
 @contextmanager
 def _progress(steps: int | None) -> Iterator[Callable[[], None]]:
-    """A progress bar over forward passes, where stderr is a terminal, redrawn at most once in a while.
+    """A progress bar over forward passes, where stderr is a terminal, redrawn at most once in a while; else lines.
 
     ``steps`` is None where nobody knows how many there will be.
     """
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task, done = bar.add_task("simulating", total=steps), 0
+        beat = Heartbeat("forward passes", lambda text: typer.echo(text, err=True))
 
         def advance() -> None:
             nonlocal done
             done += 1
             if not done % 64:
                 bar.update(task, completed=done)
+                if not console.is_terminal:
+                    beat.done(done, steps)
 
         yield advance

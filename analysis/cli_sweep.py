@@ -126,7 +126,9 @@ def plot_command(
 
     Means over seeds are shown where the grid has several. Where two lines cross
     is interpolated between the points on either side, on the logarithm of the
-    axis where its largest value is eight times the smallest or more.
+    axis where its largest value is eight times the smallest or more. Points
+    whose decode rate cannot be told from the best, over the same resamples of
+    the sequences, are named.
 
     Examples:
 

@@ -15,6 +15,7 @@ from analysis.decisions import Decisions, compare_decisions
 from analysis.frames import COMPONENTS, OVERLAPPED, fastest, requests_frame, step_frame, token_frame
 from analysis.metrics import ErrorSummary, RunSummary
 from sim.results import RunInfo, RunResult
+from sim.systems import SystemSpec
 from traces.errors import InputError
 from traces.schema import Phase
 
@@ -43,7 +44,8 @@ class ComponentError:
 class Comparison:
     """The outcome of :func:`compare`.
 
-    ``tokens`` has a row a decode token: step, sequence, measured_s, simulated_s, error (signed, a share of measured).
+    ``tokens`` has a row a decode token: step, sequence, measured_s (its fastest repeat), median_s (of the repeats; nan
+    for one alone), simulated_s, error (signed, a share of measured).
     ``steps`` holds the step frames of both clocks; that of the measured one is the fastest of the repeats.
     """
 
@@ -61,6 +63,11 @@ class Comparison:
     repeats: int
     noise: float
     skill: float
+
+    @property
+    def label(self) -> str:
+        """The system's name, or that of its policies."""
+        return SystemSpec(**self.measured.system).label()
 
     def critical(self) -> tuple[ComponentError, ...]:
         """The components that add up to the latency of a token."""
@@ -80,7 +87,7 @@ class Comparison:
             "noise": self.noise,
             "skill": self.skill,
         }
-        return dict(_json_ready(result))
+        return dict(json_ready(result))
 
 
 def compare(
@@ -106,11 +113,12 @@ def compare(
     steps = {"measured": fastest(frames), "simulated": step_frame(simulated)}
     tokens = {side: token_frame(measured, frame) for side, frame in steps.items()}
     ours, theirs = (tokens[side]["latency_s"].to_numpy(float) for side in ("measured", "simulated"))
+    repeated = [token_frame(measured, frame)["latency_s"].to_numpy(float) for frame in frames]
     return Comparison(
         measured=measured.info,
         simulated=simulated.info,
         decisions=compare_decisions(measured, simulated, runs[1:]),
-        tokens=_paired(tokens["measured"], ours, theirs),
+        tokens=_paired(tokens["measured"], ours, theirs, repeated),
         steps=steps,
         error=metrics.summarise_errors(ours, theirs),
         **_prefill(steps),
@@ -118,7 +126,7 @@ def compare(
         measured_summary=_summary(measured, steps["measured"]),
         simulated_summary=_summary(simulated, steps["simulated"]),
         repeats=len(runs),
-        noise=metrics.noise_floor([token_frame(measured, frame)["latency_s"] for frame in frames]),
+        noise=metrics.noise_floor(repeated),
         skill=math.nan if calibration_mean_s is None else metrics.skill(ours, theirs, calibration_mean_s),
     )
 
@@ -163,9 +171,13 @@ def _check_equal(name: str, first: RunResult, second: RunResult, ours: Any, thei
         raise InputError(f"{name} must be equal in both runs, got {ours} ({sides[0]}) and {theirs} ({sides[1]})")
 
 
-def _paired(keys: pd.DataFrame, measured: metrics.Floats, simulated: metrics.Floats) -> pd.DataFrame:
+def _paired(
+    keys: pd.DataFrame, measured: metrics.Floats, simulated: metrics.Floats, repeated: Sequence[metrics.Floats]
+) -> pd.DataFrame:
     frame = keys[["step", "sequence"]].copy()
-    frame["measured_s"], frame["simulated_s"] = measured, simulated
+    frame["measured_s"] = measured
+    frame["median_s"] = np.median(repeated, axis=0) if len(repeated) > 1 else math.nan
+    frame["simulated_s"] = simulated
     frame["error"] = metrics.signed_errors(measured, simulated)
     return frame
 
@@ -190,11 +202,12 @@ def _summary(run: RunResult, steps: pd.DataFrame) -> RunSummary:
     return metrics.summarise_run(steps, requests_frame(run), run.events)
 
 
-def _json_ready(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
+    """Plain numbers, text, lists and objects; nan and infinities become None."""
     if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
+        return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_ready(item) for item in value]
+        return [json_ready(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,8 +27,8 @@ COMPONENTS: dict[str, str] = {
 }
 """Critical-path components of a step, in the order in which they are shown; they add up to its latency."""
 
-OVERLAPPED: dict[str, str] = {"transfer_s": "link", "cpu_experts_s": "CPU experts"}
-"""Busy times that run beside the critical path; they are part of no sum."""
+OVERLAPPED: dict[str, str] = {"transfer_s": "link", "cpu_experts_s": "CPU experts", "python_s": "own Python"}
+"""Busy times that run beside the critical path, or are a part of the host's; they are part of no sum."""
 
 COUNTS = ("assignments", "union", "hits_union", "hits_assignments", "late_hits", "misses", "cpu_experts", "bytes")
 """Counting columns of the ``layers`` table: the decisions, free of any clock."""

@@ -59,8 +59,11 @@ MOST_WORDS = 150
 MOST_TICKS = 12
 
 
-def lines(view: Shown, stretches: Sequence[Lead] = ()) -> Figure:
-    """The value over x, a line for each hue; between ``stretches``, a dotted line says who leads on either side."""
+def lines(view: Shown, stretches: Sequence[Lead] = (), doubts: Sequence[str] = ()) -> Figure:
+    """The value over x, a line for each hue; between ``stretches``, a dotted line says who leads on either side.
+
+    ``doubts`` are what has to be said of that, above the figure.
+    """
     label, scale = figure_label(view.value)
     figure, ax = axes(WIDE, 3.9, x=view.x.label, y=label)
     places = _places(ax, view.x)
@@ -72,12 +75,18 @@ def lines(view: Shown, stretches: Sequence[Lead] = ()) -> Figure:
             ax.fill_between(places, *reach, color=look["color"], alpha=0.18, linewidth=0)
         line = STYLES[number % len(STYLES)] if view.x.numbers else {"linestyle": ""}
         ax.plot(places, np.array(curve) * scale, markersize=6, markerfacecolor="none", label=name, **line, **look)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, _top(high) * scale)
     if len(curves) > 1:
         legend(ax, columns=min(len(curves), 5))
     _mark_leads(ax, stretches, view.x)
-    _name(figure, view)
+    _name(figure, view, doubts)
     return figure
+
+
+def _top(curves: Mapping[str, Sequence[float]]) -> float:
+    """Where the axis of values ends that begins at 0: above the highest one, so that its marker is whole."""
+    highest = max((value for curve in curves.values() for value in curve if np.isfinite(value)), default=0.0)
+    return 1.06 * highest if highest > 0 else 1.0
 
 
 def _look(number: int) -> dict[str, Any]:
@@ -119,9 +128,9 @@ def _mark_leads(ax: Axes, stretches: Sequence[Lead], x: Axis) -> None:
         )
 
 
-def crossovers(view: Shown, found: Sequence[Crossing]) -> Figure:
+def crossovers(view: Shown, found: Sequence[Crossing], doubts: Sequence[str] = ()) -> Figure:
     """As :func:`lines`, with every crossing of two lines ringed, and where it is written above it."""
-    figure = lines(view)
+    figure = lines(view, doubts=doubts)
     (ax,) = figure.axes
     _, scale = figure_label(view.value)
     curves = view.curves()
@@ -147,7 +156,7 @@ def crossovers(view: Shown, found: Sequence[Crossing]) -> Figure:
     return figure
 
 
-def heatmap(view: Shown) -> Figure:
+def heatmap(view: Shown, doubts: Sequence[str] = ()) -> Figure:
     """The value by x and y as shades, with the numbers written into the cells of a small one; nothing ran in ``-``."""
     assert view.y is not None, "a heat map has two axes"
     label, scale = figure_label(view.value)
@@ -163,7 +172,7 @@ def heatmap(view: Shown) -> Figure:
     bar.outline.set_visible(False)
     bar.set_label(label, color=INK, fontsize=TEXT_PT)
     bar.ax.tick_params(colors=INK, labelsize=SMALL, color=MUTED, width=0.8, length=3)
-    _name(figure, view)
+    _name(figure, view, doubts)
     return figure
 
 
@@ -225,8 +234,8 @@ def _told(axis: Axis, value: Any) -> str:
     return value if isinstance(value, str) else axis.told(float(value))
 
 
-def _name(figure: Figure, view: Shown) -> None:
-    """What all points share, above all axes, in lines that fit."""
-    if view.table.title:
-        words = fill(view.table.title, 120)
-        figure.suptitle(words, x=0.01, ha="left", fontsize=SMALL, color=MUTED)
+def _name(figure: Figure, view: Shown, doubts: Sequence[str] = ()) -> None:
+    """What all points share, what kind of figures they are, and how sure, above all axes, in lines that fit."""
+    shared = ": ".join(part for part in (view.table.origin, view.table.title) if part)
+    words = "\n".join(fill(line, 120) for line in (shared, *doubts))
+    figure.suptitle(words, x=0.01, ha="left", fontsize=SMALL, color=MUTED)

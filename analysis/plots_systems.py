@@ -41,17 +41,19 @@ Point: TypeAlias = tuple[float, float]
 """MiB a token, and tokens a second."""
 
 
-def plot(records: Sequence[dict[str, Any]]) -> Figure:
+def plot(records: Sequence[dict[str, Any]], title: str = "") -> Figure:
     """Two panels from records of :func:`analysis.systems.side_by_side`, those without a decode token left out.
 
     Left the mean time of a decode token in ms by component, the quickest system on top, with a mark at the lower bound
-    of its budget; right the bytes copied a token against the tokens a second.
+    of its budget; right the bytes copied a token against the tokens a second. The ``title`` says what was run on what.
     """
     shown = [record for record in ranked(records) if record["token_s"] is not None]
     figure = Figure(figsize=(13.0, max(3.2, 0.3 * len(shown) + 1.6)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.patch.set_alpha(0.0)
     bars, points = figure.subplots(1, 2, width_ratios=(3, 2))
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=TEXT_PT, color=INK)
     for ax in (bars, points):
         clean(ax)
     _bars(bars, shown)

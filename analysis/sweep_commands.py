@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from analysis import text
 from analysis.cache_tables import PLOTS, check_out, write_figure
 from analysis.crossovers import Crossing, Lead, crossings, leads, pareto
-from analysis.sweep_table import Shown, SweepTable, View, figure_label, lower_is_better, shown
+from analysis.heartbeat import Heartbeat
+from analysis.sweep_spread import JUDGED, judged, told_of_best, told_of_leads
+from analysis.sweep_table import Axis, Shown, SweepTable, View, figure_label, lower_is_better, shown
 from sim.sweep.backends import backend_of
 from sim.sweep.grid import Grid
 from sim.sweep.point import Outcome
@@ -31,11 +35,13 @@ FAILED = 1
 """Exit code of a sweep with a point that failed for no reason that its settings give."""
 
 MOST_REASONS = 5
+NUMBER = re.compile(r"(?<![\w.+-])\d[\d,]*(?:\.\d+)?(?![\w-])")
+"""A number in a note, and not in a name."""
 
 
 def run(grid: Path, out: Path, *, jobs: int, backend: str, scheduler: str | None, resume: bool, as_json: bool) -> None:
     """Runs a grid, or what of it is not known yet, and tells what came of it."""
-    where = backend_of(backend, jobs=jobs, scheduler=scheduler)
+    where = backend_of(backend, jobs=jobs, scheduler=scheduler, tell=lambda text: typer.echo(f"note: {text}", err=True))
     with _progress() as (begun, ended):
         table = run_sweep(Grid.load(grid), out, where, resume=resume, begun=begun, ended=ended)
     if as_json:
@@ -56,12 +62,16 @@ def _tell_run(table: pd.DataFrame, out: Path) -> None:
         console.print(f"{count:,} x {reason}", markup=False, soft_wrap=True)
     if len(reasons) > MOST_REASONS:
         console.print(f"and {len(reasons) - MOST_REASONS} more reasons, in the table")
+    for line in _notes(table.notes[table.status == "ok"]):
+        console.print(line, markup=False, soft_wrap=True)
+    if table.synthetic.any():
+        console.print(f"{int(table.synthetic.sum()):,} of {len(table):,} points: on synthetic routing")
     console.print(f"out: {out / TABLE}", markup=False, soft_wrap=True)
 
 
 @contextmanager
 def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Outcome], None]]]:
-    """A bar over points, where stderr is a terminal, and the times that have passed and are left."""
+    """A bar over points, where stderr is a terminal, and the times that have passed and are left; else lines."""
     console = Console(stderr=True, highlight=False)
     columns = (
         TextColumn("{task.description}"),
@@ -74,8 +84,11 @@ def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Outcome]
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking", total=None)
         others: Counter[str] = Counter()
+        beat, left = Heartbeat("points", lambda text: typer.echo(text, err=True)), 0
 
         def begun(known: int, todo: int) -> None:
+            nonlocal left
+            left = todo
             bar.update(task, description="points", total=todo)
             if known:
                 console.print(f"note: {known:,} runs are known, {todo:,} are left")
@@ -84,6 +97,8 @@ def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Outcome]
             others.update([outcome.status])
             told = "".join(f", {others[status]:,} {status}" for status in ("refused", "failed") if others[status])
             bar.update(task, advance=1, description=f"points{told}")
+            if not console.is_terminal:
+                beat.done(others.total(), left)
 
         yield begun, ended
 
@@ -100,10 +115,11 @@ def plot(folder: Path, view: View, *, out: Path | None, as_json: bool, force: bo
             typer.echo(f"note: {unknown}", err=True)
     if as_json:
         for record in records:
-            typer.echo(json.dumps(record))
+            typer.echo(json.dumps({**record, "synthetic": bool(picture.table.frame.synthetic.any())}))
         return
     console = Console(highlight=False)
-    for line in words:
+    synthetic = [picture.table.origin] if picture.table.frame.synthetic.any() else []
+    for line in (*words, *synthetic, *_notes(picture.table.frame.notes)):
         console.print(line, markup=False, soft_wrap=True)
     if picture.table.left_out:
         console.print(f"left out: {picture.table.left_out:,} points that did not run")
@@ -117,13 +133,13 @@ Picture = tuple[Any, list[str], list[dict[str, Any]]]
 
 def _lines(picture: Shown, draw: bool) -> Picture:
     found, stretches = _crossed(picture)
-    words = _told_leads(stretches, picture) if stretches else _told_best(picture)
+    words, doubts = (_told_leads(stretches, picture) if stretches else _told_best(picture)), _doubts(picture, stretches)
     figure = None
     if draw:
         from analysis.plots_sweep import lines
 
-        figure = lines(picture, stretches)
-    return figure, words, _records(found, picture)
+        figure = lines(picture, stretches, doubts)
+    return figure, [*words, *doubts], _records(found, picture)
 
 
 def _crossovers(picture: Shown, draw: bool) -> Picture:
@@ -131,21 +147,36 @@ def _crossovers(picture: Shown, draw: bool) -> Picture:
     words = [*_told_leads(stretches, picture), *(_told_crossing(one, picture) for one in found)]
     if not found:
         words.append(f"no two of {', '.join(picture.curves())} cross")
-    figure = None
+    figure, doubts = None, _doubts(picture, stretches)
     if draw:
         from analysis.plots_sweep import crossovers
 
-        figure = crossovers(picture, found)
-    return figure, words, _records(found, picture)
+        figure = crossovers(picture, found, doubts)
+    return figure, [*words, *doubts], _records(found, picture)
 
 
 def _heatmap(picture: Shown, draw: bool) -> Picture:
-    figure = None
+    figure, doubts = None, _doubts(picture, ())
     if draw:
         from analysis.plots_sweep import heatmap
 
-        figure = heatmap(picture)
-    return figure, _told_best(picture), [_best(picture)]
+        figure = heatmap(picture, doubts)
+    return figure, [*_told_best(picture), *doubts], [_best(picture)]
+
+
+def _doubts(picture: Shown, stretches: Sequence[Lead]) -> list[str]:
+    """Who cannot be told from whom, of those that the words and the picture call the best."""
+    if picture.value != JUDGED:
+        return [f"how sure this is, is known of the {_label(JUDGED)} alone"]
+    if stretches:
+        return told_of_leads(picture)
+    names = [axis.name for axis in _axes(picture)]
+    if not names:
+        return []
+    parts = picture.table.frame.groupby(names, sort=False)
+    rows = {_at(dict(zip(names, at, strict=True))): part for at, part in parts if part[picture.value].notna().any()}
+    best = _best(picture)
+    return told_of_best(rows, _at({name: best[name] for name in names}))
 
 
 def _pareto(picture: Shown, draw: bool) -> Picture:
@@ -155,12 +186,22 @@ def _pareto(picture: Shown, draw: bool) -> Picture:
     best = pareto(frame[cost].tolist(), frame[picture.value].tolist(), lower=lower_is_better(picture.value))
     words = [f"{len(best)} of {len(frame)} points are beaten by no other, from the least {_label(cost)} on:"]
     records = []
-    for place in best:
-        row = frame.iloc[place]
-        words.append(f"  {point_name(picture, place)}: {_shown(cost, row)}, {_shown(picture.value, row)}")
+    alike = [False, *(_alike(picture, *pair) for pair in pairwise(best))]
+    for place, same in zip(best, alike, strict=True):
+        row, told = frame.iloc[place], ", not distinguishable from the one before" if same else ""
+        words.append(f"  {point_name(picture, place)}: {_shown(cost, row)}, {_shown(picture.value, row)}{told}")
         records.append({**{axis.name: _plain(row[axis.name]) for axis in picture.table.axes.values()}})
         records[-1] |= {cost: float(row[cost]), picture.value: float(row[picture.value])}
+    if None in alike:
+        words.append("whether neighbours can be told apart is not known of all: too few sequences, or others")
     return front(picture, best) if draw else None, words, records
+
+
+def _alike(picture: Shown, one: int, other: int) -> bool | None:
+    """Whether two points are not distinguishable; None where nobody can say."""
+    frame = picture.table.frame
+    found = judged([frame.iloc[[one]], frame.iloc[[other]]]) if picture.value == JUDGED else None
+    return None if found is None else found.alike(0, 1)
 
 
 _PICTURES: dict[str, Callable[[Shown, bool], Picture]] = {
@@ -204,6 +245,14 @@ def _told_leads(stretches: Sequence[Lead], picture: Shown) -> list[str]:
     return [f"{_ranked(picture.value)}: {', '.join(parts)}"] if parts else []
 
 
+def _notes(notes: pd.Series[str]) -> list[str]:
+    """What the runs' own notes say, and of how many points; notes that differ in their numbers are one."""
+    counts = Counter(NUMBER.sub("\N{HORIZONTAL ELLIPSIS}", note) for one in notes for note in one.split("; ") if note)
+    told = [f"{count:,} of {len(notes):,} points: {note}" for note, count in counts.most_common(MOST_REASONS)]
+    more = len(counts) - MOST_REASONS
+    return [*told, *([f"and {more} more notes, in the table"] if more > 0 else [])]
+
+
 def _told_crossing(one: Crossing, picture: Shown) -> str:
     x = picture.x
     return (
@@ -214,17 +263,26 @@ def _told_crossing(one: Crossing, picture: Shown) -> str:
 
 def _best(picture: Shown) -> dict[str, Any]:
     """The place with the best value, over all axes that are shown."""
-    value, names = picture.value, [axis.name for axis in (picture.x, picture.y, picture.hue) if axis is not None]
-    names = [name for name in picture.table.axes if name in names]
+    value, names = picture.value, [axis.name for axis in _axes(picture)]
     means = picture.table.frame.groupby(names, sort=False, as_index=False)[value].mean()
     place = means[value].idxmin() if lower_is_better(value) else means[value].idxmax()
     return {name: _plain(means[name][place]) for name in (*names, value)}
 
 
+def _axes(picture: Shown) -> list[Axis]:
+    """The axes that are shown, in the order of the grid."""
+    shown_axes = [axis.name for axis in (picture.x, picture.y, picture.hue) if axis is not None]
+    return [axis for name, axis in picture.table.axes.items() if name in shown_axes]
+
+
 def _told_best(picture: Shown) -> list[str]:
     best = _best(picture)
-    at = ", ".join(f"{name} {value}" for name, value in best.items() if name != picture.value)
+    at = _at({name: value for name, value in best.items() if name != picture.value})
     return [f"{_ranked(picture.value)}: {_shown(picture.value, best)} at {at}"]
+
+
+def _at(place: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_plain(value)}" for name, value in place.items())
 
 
 def _plain(value: Any) -> Any:

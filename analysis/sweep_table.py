@@ -16,7 +16,9 @@ from sim.target import parse_bytes
 from traces.errors import InputError, unknown_name
 
 KINDS = ("lines", "heatmap", "crossovers", "pareto")
-WORDS = frozenset({"status", "reason", "notes", "key", "synthetic", "seconds"})
+WORDS = frozenset(
+    {"status", "reason", "notes", "key", "synthetic", "seconds", "decode_s_by_group", "decode_tokens_by_group"}
+)
 """Columns that are neither axes nor figures."""
 
 WHY_UNKNOWN = {"link_busy_share": ": where a system prefetches, a sweep does not note how long those copies took"}
@@ -170,6 +172,13 @@ class SweepTable:
             raise InputError(f"sweep must have a point that ran, got {len(frame)} that did not in {folder}")
         title = ", ".join(f"{name}\N{NO-BREAK SPACE}{value}" for name, value in tables.get("base", {}).items())
         return cls(ran, axes, len(frame) - len(ran), title)
+
+    @property
+    def origin(self) -> str:
+        """What its figures are: simulated, and on which routing."""
+        made = int(self.frame.synthetic.sum())
+        some = "" if made == len(self.frame) else f" in {made:,} of {len(self.frame):,} points"
+        return f"simulated, on synthetic routing{some}" if made else "simulated"
 
     def only(self, where: Sequence[str]) -> SweepTable:
         """The rows with these values, each as AXIS=VALUE; raises :class:`InputError` when there is none."""

@@ -1,7 +1,7 @@
 """Several systems on the same work, side by side: one record each, with intervals, differences and regret.
 
 Every figure is defined in ``docs/metrics.md``. Systems are compared under one budget; what stands outside it (the
-ceiling that holds every expert, bounds that know the future) is marked, and competes with nobody.
+ceiling that holds every expert, who knows the future) is marked, and competes with nobody.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from analysis.frames import step_frame
 from analysis.metrics import busy_within, ratio, waits
 from analysis.systems_table import systems_table, verdicts
 from analysis.uncertainty import Resampled, caveat
+from sim.busy import busy_s
+from sim.groups import group_rows
 from sim.presets import Preset
 from sim.results import RunResult
 from traces.errors import InputError
@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # the engine is imported with it
 
 __all__ = ["Entry", "side_by_side", "systems_plot", "systems_table", "verdicts"]
 
-SYSTEM, BOUND, CEILING = "system", "bound", "no limit"
-"""Roles: only systems compete; a bound knows the future, and the ceiling ignores the budget."""
+SYSTEM, CLAIRVOYANT, CEILING = "system", "clairvoyant", "no limit"
+"""Roles: only systems compete; who is clairvoyant knows the future, and the ceiling ignores the budget."""
 
 COMPONENTS = ("dense", "GPU experts", "CPU wait", "transfer wait", "host", "head", "other")
 """Parts of a decode token's mean time, in the order in which they are drawn; they add up to it."""
@@ -53,8 +53,8 @@ class Entry:
 
     @property
     def role(self) -> str:
-        """One of :data:`SYSTEM`, :data:`BOUND` and :data:`CEILING`."""
-        return CEILING if self.preset.unlimited else BOUND if self.preset.bound else SYSTEM
+        """One of :data:`SYSTEM`, :data:`CLAIRVOYANT` and :data:`CEILING`."""
+        return CEILING if self.preset.unlimited else CLAIRVOYANT if self.preset.clairvoyant else SYSTEM
 
 
 def side_by_side(entries: Sequence[Entry], *, seed: int = 0) -> list[dict[str, Any]]:
@@ -70,12 +70,12 @@ def side_by_side(entries: Sequence[Entry], *, seed: int = 0) -> list[dict[str, A
     return [{key: _plain(value) for key, value in record.items()} for record in records]
 
 
-def systems_plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+def systems_plot(records: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
     """Writes the figure of :func:`analysis.plots_systems.plot`, as PNG or SVG by the ending of ``path``."""
     from analysis.cache_tables import write_figure
     from analysis.plots_systems import plot
 
-    write_figure(plot(records), path)
+    write_figure(plot(records, title), path)
 
 
 def _check_same_work(entries: Sequence[Entry]) -> None:
@@ -128,6 +128,7 @@ def _record(entry: Entry) -> dict[str, Any]:
         "system": entry.name,
         "role": entry.role,
         "summary": entry.preset.summary,
+        **{name: getattr(info, name) for name in ("source", "model", "hardware", "costs", "synthetic")},
         "token_s": ratio(seconds, tokens),
         **figures,
         "bytes_per_token": ratio(copied, tokens),
@@ -179,10 +180,9 @@ def _busy(run: RunResult, decode: pd.DataFrame) -> dict[str, float | None]:
     if not run.events.empty:
         spans = decode[["start_s", "end_s"]].to_numpy(float)
         return {"gpu": 0.0, "cpu": 0.0, "link": 0.0, **busy_within(run.events, spans), "host": host}
-    gpu_s, cpu_s = decode[["dense_s", "gpu_experts_s", "head_s"]].sum().sum(), decode["cpu_experts_s"].sum()
-    ahead = run.info.system["prefetch"] != "none" and not run.info.system["synchronous"]
-    link = None if ahead else float(decode["transfer_s"].sum()) / seconds
-    return {"gpu": float(gpu_s) / seconds, "cpu": float(cpu_s) / seconds, "link": link, "host": host}
+    layers = run.layers[run.layers["phase"] == Phase.DECODE]
+    worked_s = busy_s(run, layers, float(decode["head_s"].sum()))
+    return {**{name: None if s is None else s / seconds for name, s in worked_s.items()}, "host": host}
 
 
 def _components(run: RunResult, decode: pd.DataFrame) -> dict[str, float]:
@@ -218,31 +218,15 @@ def _compare(entries: Sequence[Entry], records: Sequence[dict[str, Any]], rng: n
 
 
 def by_group(runs: Sequence[RunResult]) -> tuple[Array, Array]:
-    """Decode seconds float64 [runs, G] and decode tokens [G] of groups of sequences.
-
-    Sequences that share a pass in any of the runs belong together: in lock-step a group is a batch, in continuous
-    batching it is all that overlaps.
-    """
+    """Decode seconds float64 [runs, G] and decode tokens [G] of the groups of :func:`sim.groups.group_rows`."""
     rows = pd.concat([run.tokens.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
-    passes = rows.groupby(["run", "step"], sort=False).ngroup().to_numpy()
-    sequences = rows.groupby("sequence", sort=False).ngroup().to_numpy()
-    rows["group"] = _connected(passes, sequences)
+    rows["group"] = group_rows(rows)
     decode = rows[rows["phase"] == Phase.DECODE]
     steps = decode.drop_duplicates(["run", "step"])
     seconds = np.zeros((len(runs), int(rows["group"].max()) + 1 if len(rows) else 0))
     np.add.at(seconds, (steps["run"], steps["group"]), steps["end_s"] - steps["start_s"])
     first = decode[decode["run"] == 0]
     return seconds, np.bincount(first["group"], weights=first["tokens"], minlength=seconds.shape[1])
-
-
-def _connected(passes: Array, sequences: Array) -> Array:
-    """For each row, a pass and a sequence in it, the number of the piece that both belong to: int64 [rows]."""
-    if not len(passes):
-        return passes
-    first = int(passes.max()) + 1
-    many = first + int(sequences.max()) + 1
-    graph = coo_array((np.ones(len(passes)), (passes, first + sequences)), shape=(many, many))
-    return np.asarray(np.unique(connected_components(graph, directed=False)[1][passes], return_inverse=True)[1])
 
 
 def _plain(value: Any) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Group
+from rich.console import ConsoleRenderable, Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from analysis import text
 
@@ -17,10 +18,11 @@ LEAST_BUSY = 0.01
 """Share of the time from which on another resource has one."""
 
 
-def systems_table(records: Sequence[dict[str, Any]]) -> Group:
+def systems_table(records: Sequence[dict[str, Any]], title: str = "") -> Group:
     """Two tables with one row a record of :func:`analysis.systems.side_by_side`, the quickest first: times, and what
-    they come from."""
-    return Group(_times(ranked(records)), "", _causes(ranked(records)))
+    they come from. The ``title`` above them says what was run on what."""
+    named: list[ConsoleRenderable | str] = [Text(title, style="italic"), ""] if title else []
+    return Group(*named, _times(ranked(records)), "", _causes(ranked(records)))
 
 
 def _table(*columns: str) -> Table:

@@ -1,0 +1,160 @@
+"""From folders of measured runs to a judged validation on the disk: what `moetwin validate` and `compare` end with."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from analysis.compare import json_ready
+from analysis.measured import PROFILE_FILE, Twin, comparisons, groups_of
+from analysis.validation import Tables, figures
+from analysis.validation_report import Outcome, cards, point_table, render_html, render_markdown, verdict
+from sim.results import write_folder
+from sim.spec.profile import Profile
+from traces.errors import InputError
+
+PAGE = "report.html"
+
+
+class Measured(Protocol):
+    """What the measuring half of a validation hands over."""
+
+    folder: Path
+    missing: dict[str, list[str]]
+    done: int
+    total: int
+    archive: Path | None
+    as_json: bool
+
+
+def judge(measured: Measured) -> None:
+    """Simulates and judges what a validation has measured so far, writes it into its folder, and tells the outcome."""
+    folder = measured.folder
+    parts = [(path.parent, path) for path in sorted(folder.glob(f"*/{PROFILE_FILE}")) if _has_runs(path.parent)]
+    if not parts:
+        typer.echo(
+            f"nothing to judge yet: {measured.done} of {measured.total} pieces are measured; call again to go on"
+        )
+        return
+    outcome = outcome_of(parts, facts=_facts(folder), missing=_missing(measured))
+    write_folder(folder, lambda draft: _write(draft, outcome), force=True)
+    if measured.archive is not None:
+        pack(folder, measured.archive)
+    show(outcome, folder / PAGE, as_json=measured.as_json)
+
+
+def outcome_of(
+    parts: Sequence[tuple[Path, Path]],
+    *,
+    facts: dict[str, str],
+    missing: Sequence[str] = (),
+    trace: Path | None = None,
+    calibration: Path | None = None,
+) -> Outcome:
+    """Judges every measured run in each (folder, profile); files not given are sought as :class:`Twin` does."""
+    work = [(folder, groups_of(folder), Twin.of(folder, profile, trace, calibration)) for folder, profile in parts]
+    with _bar(sum(len(groups) for _, groups, _ in work)) as advance:
+        tables = Tables.of(one for folder, groups, twin in work for one in comparisons(folder, groups, twin, advance))
+    profiles = [twin.profile for _, _, twin in work]
+    facts = {**facts, **{f"profile of {one.model.name}": _about(one) for one in profiles}}
+    return Outcome(tables, figures(tables), facts, profiles[0].device, missing)
+
+
+def write_report(out: Path, outcome: Outcome, *, force: bool) -> None:
+    """Writes the page, the tables and the figures into a folder of their own, complete or not at all."""
+    write_folder(out, lambda draft: _write(draft, outcome), force=force)
+
+
+def show(outcome: Outcome, page: Path, *, as_json: bool) -> None:
+    """Prints the outcome, or all figures as one JSON object."""
+    if as_json:
+        typer.echo(json.dumps({**summary(outcome), "report": str(page)}))
+        return
+    console = Console(highlight=False)
+    console.print(point_table(outcome))
+    console.print(verdict(outcome))
+    for card in cards(outcome):
+        console.print(f"{card.title}: {card.value} ({card.outcome})")
+    console.print(f"report: {page}", soft_wrap=True)
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """What ``summary.json`` holds: the figures, what is missing, and where it comes from; nan becomes None."""
+    told = {"complete": not outcome.missing, "missing": list(outcome.missing), "bars": outcome.bars}
+    return dict(json_ready({**told, **outcome.figures, "facts": dict(outcome.facts)}))
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Writes the whole ``folder`` as one ``.tar.gz`` file, complete or not at all; equal content gives equal bytes."""
+    draft = archive.with_name(f".{archive.name}.{os.getpid()}.partial")
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            draft.open("wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w") as tar,
+        ):
+            for path in sorted(folder.rglob("*")):
+                if not path.name.startswith("."):
+                    tar.add(path, f"{folder.resolve().name}/{path.relative_to(folder)}", recursive=False, filter=_plain)
+        draft.replace(archive)
+    except OSError as error:
+        raise InputError(f"archive must be a file that can be written, got {archive} ({error.strerror})") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    return entry
+
+
+def _write(folder: Path, outcome: Outcome) -> None:
+    outcome.tables.save(folder)
+    (folder / "summary.json").write_text(json.dumps(summary(outcome), indent=1) + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(render_html(outcome), encoding="utf-8")
+    (folder / "report.md").write_text(render_markdown(outcome), encoding="utf-8")
+
+
+def _has_runs(folder: Path) -> bool:
+    return any((folder / "runs").rglob("run.json"))
+
+
+def _facts(folder: Path) -> dict[str, str]:
+    """The environment and the settings of a validation, as its files tell them."""
+    found: dict[str, str] = {}
+    for name in ("environment.json", "settings.json"):
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        found |= {key: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for key, v in content.items()}
+    return found
+
+
+def _missing(measured: Measured) -> list[str]:
+    if not measured.missing:
+        return []
+    left = measured.total - measured.done
+    models = ", ".join(f"{len(pieces)} of {model}" for model, pieces in measured.missing.items())
+    return [f"Not complete: {left} of {measured.total} pieces are missing ({models}); call again to go on."]
+
+
+def _about(profile: Profile) -> str:
+    return f"{profile.name}, measured {profile.date}, digest {profile.digest[:12]}"
+
+
+@contextmanager
+def _bar(steps: int) -> Iterator[Callable[[], None]]:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("judging", total=steps)
+        yield lambda: progress.advance(task)
