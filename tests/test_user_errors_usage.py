@@ -119,4 +119,5 @@ def test_an_example_of_the_help_is_a_command_with_names_that_exist(name: str, co
     model = given.get("model")
     assert model is None or "/" in model or model in [*catalogue.model_names(), "moetwin-small"] or "x" in model
     if name in ("simulate", "hardware show"):
-        catalogue.hardware(given.get("hardware") or given.get("name") or catalogue.REFERENCE_MACHINE)
+        machine = given.get("hardware") or given.get("name") or catalogue.REFERENCE_MACHINE
+        assert catalogue.find_parts(machine) or catalogue.hardware(machine)

@@ -55,7 +55,7 @@ def build(source: str, steps_ms: list[tuple[float, ...]], **info: Any) -> RunRes
             wait = stall if layer == 0 else 0.0
             end = begin + (dense + experts + host) / 2 + wait
             copy = wait / 2
-            times_s = (dense / 2, experts / 2, 0.0, copy, host / 2, wait)
+            times_s = (dense / 2, experts / 2, 0.0, copy, host / 2, wait, host / 2)
             tables["layers"].append((step, layer, phase, *counts, begin, end, *times_s))
             after = begin + (dense + host) / 2
             tables["events"] += [

@@ -14,13 +14,24 @@ RATES = {"cpu": [10.0] * 4, "same": [10.0] * 4, "link": [4.0, 8.0, 12.0, 16.0]}
 BASE = {"trace": "mixed", "cache": "25%"}
 
 
+GROUPS = 20
+"""Groups of sequences, of 10 tokens each, in every row."""
+
+
+def by_group(row: dict[str, Any]) -> dict[str, Any]:
+    """Decode seconds and tokens by group that make the row's rate, the same in every group."""
+    rate = row.get("tokens_per_s")
+    return {"decode_s_by_group": [10 / rate] * GROUPS, "decode_tokens_by_group": [10] * GROUPS} if rate else {}
+
+
 def stored(folder: Path, axes: dict[str, list[Any]], rows: list[dict[str, Any]]) -> Path:
     """A folder of a sweep over ``axes``, whose rows have these fields beside those of their axes."""
     folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"synthetic": False, "notes": "", **by_group(row), **row} for row in rows]
     (folder / "sweep.toml").write_text(tomli_w.dumps({"base": BASE, "axes": axes}))
     points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     table = pd.DataFrame([{**at, "status": "ok", "reason": "", **row} for at, row in zip(points, rows, strict=True)])
-    table.assign(key="k", notes="", synthetic=False, seconds=1.0).to_parquet(folder / "sweep.parquet")
+    table.assign(key="k", seconds=1.0).to_parquet(folder / "sweep.parquet")
     return folder
 
 

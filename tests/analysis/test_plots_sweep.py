@@ -235,20 +235,85 @@ def told(capsys: pytest.CaptureFixture[str], folder: Path, out: Path | None = No
 def test_words_of_lines_and_crossovers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = by_link(tmp_path)
     first = "highest decode rate: cpu and same alike below 11.3 GB/s, link above 11.3 GB/s"
-    assert told(capsys, folder) == [first]
+    alike = "not distinguishable: same from cpu at 4 GB/s, 8 GB/s"
+    assert told(capsys, folder) == [first, alike]
     assert told(capsys, folder, kind="crossovers") == [
         first,
         "cpu wins below 11.3 GB/s, link above (interpolated between 8 GB/s and 16 GB/s)",
         "same wins below 11.3 GB/s, link above (interpolated between 8 GB/s and 16 GB/s)",
+        alike,
     ]
+    not_sure = "how sure this is, is known of the decode rate alone"
     assert told(capsys, folder, kind="crossovers", value="misses") == [
         "lowest misses: cpu from 4 GB/s to 32 GB/s",
         "no two of cpu, same, link cross",
+        not_sure,
     ]
     rows = [{"stall_share": share, "tokens_per_s": 1.0} for share in (0.2, 0.4, 0.1, 0.7)]
     seeds = stored(tmp_path / "seeds", {"cache": [4, 8], "seed": [0, 1]}, rows)
-    assert told(capsys, seeds, value="stall_share") == ["lowest stall share: 30.0% at cache 4"]
+    assert told(capsys, seeds, value="stall_share") == ["lowest stall share: 30.0% at cache 4", not_sure]
     assert told(capsys, folder, where=("system=link",)) == [f"highest decode rate: 16.0 tokens/s at {LINK} 32"]
+
+
+def noisy(folder: Path, groups: int = 20) -> Path:
+    """Two systems at two links: at 4 GB/s ``b`` is a little quicker in half of the groups, and ``a`` in the others; at
+    8 GB/s ``a`` is quicker in each. The sequences differ far more from each other than the systems do."""
+    base = [1.0 + place for place in range(groups)]
+    seconds = {
+        ("a", 4): base,
+        ("a", 8): base,
+        ("b", 4): [one + (-0.1, 0.11)[place % 2] for place, one in enumerate(base)],
+        ("b", 8): [one + 0.1 for one in base],
+    }
+    rows = [
+        {
+            "tokens_per_s": 10 * groups / sum(each),
+            "decode_s_by_group": each,
+            "decode_tokens_by_group": [10] * groups,
+            "synthetic": system == "b",
+            "notes": "what-if: too much; it draws" if system == "b" else "",
+        }
+        for (system, _), each in seconds.items()
+    ]
+    return stored(folder, {"system": ["a", "b"], LINK: [4, 8]}, rows)
+
+
+def test_who_cannot_be_told_from_the_best_is_said_in_words_and_in_the_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = told(capsys, noisy(tmp_path / "many"))
+    assert words[1] == "not distinguishable: b from a at 4 GB/s"
+    picture = view(tmp_path / "many")
+    assert "not distinguishable: b from a" in lines(picture, (), words[1:2]).get_suptitle()
+    assert told(capsys, noisy(tmp_path / "few", groups=4))[1:2] == [
+        "no intervals: 4 sequences are too few to resample (at least 5)"
+    ]
+    cells = told(capsys, tmp_path / "many", kind="heatmap", y="system")
+    assert cells[1] == f"not distinguishable from it: system a, {LINK} 8, system b, {LINK} 4"
+
+
+def test_synthetic_routing_and_notes_are_told_in_words_and_in_the_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = noisy(tmp_path)
+    assert told(capsys, folder)[-3:] == [
+        "simulated, on synthetic routing in 2 of 4 points",
+        "2 of 4 points: what-if: too much",
+        "2 of 4 points: it draws",
+    ]
+    assert lines(view(folder)).get_suptitle().startswith("simulated, on synthetic routing in 2 of 4 points: trace")
+    assert lines(view(by_link(tmp_path / "own"))).get_suptitle().startswith("simulated: trace")
+    front_points = told(capsys, folder, kind="pareto", x="tokens_per_s", as_json=True)
+    assert all(json.loads(line)["synthetic"] for line in front_points)
+
+
+def test_the_highest_marker_is_whole(tmp_path: Path) -> None:
+    rows = [{"tokens_per_s": rate} for rate in (99.0, 99.5, 99.9, 100.0)]
+    figure = lines(view(stored(tmp_path, {LINK: LINKS}, rows)))
+    (ax,) = figure.axes
+    figure.draw_without_rendering()
+    top, marker = (ax.transData.transform((0, value))[1] for value in (ax.get_ylim()[1], 100.0))
+    assert top - marker > 3.5 * figure.dpi / 72, "a marker of 6 points, with its edge"
 
 
 def test_words_of_heat_maps_and_fronts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,9 +371,9 @@ def test_records_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert crossed[0]["x"] == pytest.approx(8 * 2**0.5)
     assert crossed[0]["axis"] == LINK
     best = [json.loads(line) for line in told(capsys, folder, kind="pareto", as_json=True)]
-    assert best[1] == {"system": "link", LINK: 32, "gpu_bytes": 1.2e9, "tokens_per_s": 16.0}
+    assert best[1] == {"system": "link", LINK: 32, "gpu_bytes": 1.2e9, "tokens_per_s": 16.0, "synthetic": False}
     (cell,) = [json.loads(line) for line in told(capsys, by_numbers(tmp_path / "n"), as_json=True)]
-    assert cell == {"cache": "50%", LINK: 32, "tokens_per_s": 1600.0}
+    assert cell == {"cache": "50%", LINK: 32, "tokens_per_s": 1600.0, "synthetic": False}
 
 
 @pytest.mark.parametrize("kind", ["lines", "heatmap", "crossovers", "pareto"])

@@ -73,7 +73,7 @@ def test_a_system_can_be_changed_and_says_so() -> None:
     (record,) = records("--system", "hybrimoe", "--evict", "lfu", "--option", "prefetch.depth=1")
     system = record["system"]
     assert isinstance(system, dict)
-    assert system["name"] == "hybrimoe with evict lfu"
+    assert system["name"] == "hybrimoe with evict lfu, prefetch.depth 1"
     assert system["options"] == {"prefetch": {"depth": 1}}
 
 
@@ -126,6 +126,64 @@ def test_the_table_tells_of_memory_and_of_who_is_quickest() -> None:
     assert "quickest without knowing the future: " in text
     assert Path("runs/systems.png").stat().st_size > 10_000
     assert max(map(len, text.split("equal for all")[0].splitlines())) <= 80
+
+
+def test_constants_that_are_set_are_in_the_title_and_the_name(folder: Path) -> None:
+    own = ["--system", "hybrimoe", "--option", "prefetch.depth=1", "--option", "evict.alpha=0.3", "--out", "own"]
+    assert "hybrimoe with prefetch.depth 1, evict.alpha 0.3" in " ".join(shown(*own).split())
+    assert RunResult.load_info(folder / "own").system["name"] == "hybrimoe with prefetch.depth 1, evict.alpha 0.3"
+    assert "mrs + fetch with evict.alpha 0.3," in shown("--evict", "mrs", "--option", "evict.alpha=0.3")
+
+
+def test_misses_are_told_from_experts_on_the_cpu() -> None:
+    words = ["--system", "hybrimoe", "--link-gb-per-s", "2"]
+    (record,) = records(*words)
+    run = shown(*words)
+    assert f"{record['misses']:,}, of which {record['misses_fetched']:,} fetched" in run
+    assert f"experts on the CPU, also resident ones  {record['cpu_experts']:,}" in run
+    fetched, misses = record["misses_fetched"], record["misses"]
+    assert isinstance(fetched, int)
+    assert isinstance(misses, int)
+    assert 0 < fetched < misses
+
+
+def test_side_by_side_says_what_ran_on_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = []
+    monkeypatch.setattr("analysis.systems.systems_plot", lambda records, path, title: titles.append(title))
+    words = ["--systems", "fiddler,on-demand", "--quant", "int8", "--batch", "2", "--out", "runs"]
+    text = " ".join(shown(*words).split())
+    title = "simulated: moetwin-small, experts in int8, on rtx4090-epyc9374f, 25% of the experts on the GPU, batch 2"
+    assert text.startswith(title)
+    assert titles == [title]
+    trace = store.load(Path("t.safetensors"))
+    made = type(trace).of(trace.header.model_copy(update={"synthetic": True}), **dict(trace.arrays()))
+    store.save(made, Path("t.safetensors"), force=True)
+    of_model = "simulated, synthetic routing: moetwin-small, experts in 32 bits"
+    limited = f"{of_model}, on rtx4090-epyc9374f, 24MB of GPU memory"
+    assert " ".join(shown("--systems", "on-demand,fiddler", "--gpu-memory", "24MB").split()).startswith(limited)
+    assert "simulated, on synthetic routing" in " ".join(shown().split())
+    (record, _) = records("--systems", "on-demand,fiddler")
+    assert (record["model"], record["hardware"]) == ("moetwin-small", "rtx4090-epyc9374f")
+    assert (record["source"], record["synthetic"]) == ("simulated", True)
+
+
+def test_memory_beyond_the_card_and_no_limit_are_notes_of_every_output() -> None:
+    words = ["--system", "all-resident", "--hardware-set", "gpu.memory_gb=0.01"]
+    for text in (shown(*words), shown("--systems", "all-resident,on-demand", *words[2:])):
+        assert "every expert is held, whatever the limit" in " ".join(text.split())
+        assert "MB are planned on the GPU, and rtx4090 has 10.0 MB, " in " ".join(text.split())
+    for found in (records(*words), records("--systems", "all-resident", *words[2:])):
+        (record,) = found
+        notes = record["notes"]
+        assert isinstance(notes, list)
+        assert [note.partition(",")[0] for note in notes][:1] == ["every expert is held"]
+
+
+def test_times_that_are_used_without_their_lengths_are_noted() -> None:
+    Path("azure.csv").write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"2023-11-16 18:17:0{s},4808,10\n" for s in range(6))
+    )
+    assert "not ContextTokens and GeneratedTokens" in " ".join(shown("--arrivals", "azure.csv").split())
 
 
 def test_who_cannot_run_is_named_with_the_reason() -> None:

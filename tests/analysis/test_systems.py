@@ -58,7 +58,7 @@ def several(trace: Trace) -> list[Entry]:
         entry("slow", trace, synchronous=True),
         entry("fetching", trace),
         entry("same", trace),
-        entry("seer", trace, evict="belady", place="optimal", marks={"bound": True}),
+        entry("seer", trace, evict="belady", place="optimal", marks={"clairvoyant": True}),
         entry("ceiling", trace, slots=4, evict="static-uniform", marks={"unlimited": True}),
     ]
 
@@ -115,6 +115,16 @@ def test_busy_shares_without_events_are_those_with(system: dict[str, Any]) -> No
     lean = Entry(full.preset, RunResult(**{**vars(full.run), "events": full.run.events.iloc[:0]}))
     (ours,), (theirs,) = side_by_side([full]), side_by_side([lean])
     assert theirs["busy"] == pytest.approx(ours["busy"])
+
+
+def test_dense_parts_on_the_cpu_keep_it_busy_and_not_the_gpu() -> None:
+    """The first layer on the GPU: dense 1 s, two experts of 1 s; the second on the CPU: 1 s, twice 2 s; head 1 s."""
+    system = {"evict": "static-front", "place": "static", "scope": "global", "dense_follows": True}
+    costs = HandCosts(cpu=2.0, copy=0.0, back=0.0)
+    full = entry("split", trace_of([[[0, 1], [2, 3]]]), costs=costs, **system)
+    lean = Entry(full.preset, RunResult(**{**vars(full.run), "events": full.run.events.iloc[:0]}))
+    for (one,) in (side_by_side([full]), side_by_side([lean])):
+        assert {name: one["busy"][name] for name in ("gpu", "cpu")} == pytest.approx({"gpu": 4 / 9, "cpu": 5 / 9})
 
 
 def test_what_was_not_kept_is_not_told() -> None:
@@ -218,7 +228,7 @@ def shown(records: list[dict[str, Any]], width: int = 160) -> str:
 
 def test_the_tables_have_a_row_a_system_the_quickest_first(records: list[dict[str, Any]]) -> None:
     lines = shown(records).splitlines()
-    names = ["ceiling (no limit)", "seer (bound)", "fetching", "same", "slow"]
+    names = ["ceiling (no limit)", "seer (clairvoyant)", "fetching", "same", "slow"]
     assert [one["system"] for one in ranked(records)] == [name.split(" (")[0] for name in names]
     for name in names:
         assert sum(line.startswith(f"{name} ") for line in lines) == 2
@@ -242,7 +252,7 @@ def test_records_are_json(records: list[dict[str, Any]]) -> None:
 def test_the_figure_shows_every_part_and_the_bound(records: list[dict[str, Any]], tmp_path: Path) -> None:
     bars, points = plot(records).axes
     labels = [text.get_text() for text in bars.get_yticklabels()]
-    assert labels == ["ceiling (no limit)  1", "seer (bound)  2", "fetching  3", "same  4", "slow  5"]
+    assert labels == ["ceiling (no limit)  1", "seer (clairvoyant)  2", "fetching  3", "same  4", "slow  5"]
     ends = {round(patch.get_x() + patch.get_width(), 6) for patch in bars.patches}
     assert {round(one["token_s"] * 1e3, 6) for one in records} <= ends
     keys = bars.get_legend_handles_labels()[1]

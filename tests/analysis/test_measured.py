@@ -1,0 +1,267 @@
+"""Folders of measured runs, simulated again on a profile and judged. A "measured" run here is a simulated one."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from analysis import cli
+from analysis.judging import judge
+from analysis.measured import Twin, constant_s, groups_of
+from sim.presets import preset
+from sim.profile import ProfileCosts
+from sim.replay.calibration import TraceCalibration
+from sim.results import RunResult
+from sim.run import simulate
+from sim.spec import HostSpec, ModelSpec
+from sim.spec.profile import DensePoint, Point, Profile
+from sim.systems import Budget, SystemSpec
+from sim.target import retarget
+from traces.errors import InputError
+from traces.schema import Trace
+from traces.store import save
+from traces.synthetic import Sizes, zipf
+from traces.workload import one_at_a_time
+
+app = typer.Typer()
+app.command()(cli.compare)
+
+SPEC = ModelSpec(
+    name="by-hand", source="test", layers=2, moe_layers=2, experts=8, top_k=2, hidden=32, expert_width=16, heads=4,
+    kv_heads=2, head_dim=8, vocab=64, dtype="fp32", expert_bits=32,
+)  # fmt: skip
+
+
+def point(size: int, value_s: float) -> Point:
+    return Point(size=size, value_s=value_s, median_s=value_s, p90_s=value_s, repeats=3)
+
+
+PROFILE = Profile(
+    name="here",
+    device="cpu",
+    date="2026-01-01",
+    machine={"processor": "by hand"},
+    model=SPEC,
+    host=HostSpec(source="test", joins_layers=True),
+    copies=(point(SPEC.expert_bytes, 2e-3),),
+    gpu_expert=(point(1, 1e-3), point(8, 2e-3)),
+    cpu_expert_first=(point(1, 3e-3),),
+    cpu_expert_later=(point(1, 2e-3),),
+    dense=(DensePoint(tokens=1, base_s=1e-3, per_context_s=0, least_context=1, most_context=99, p90_s=1, repeats=3),),
+    head=(point(1, 1e-3),),
+    lookahead_s=0.0,
+    token_s=1e-2,
+)
+
+
+def routing(seed: int) -> Trace:
+    sizes = Sizes(
+        sequences=2, prompt_tokens=3, new_tokens=4, layers=2, experts=8, top_k=2, expert_bytes=7, lookahead=1
+    )  # fmt: skip
+    return zipf(np.random.default_rng(seed), sizes)
+
+
+RECORDED, LEARNED = routing(1), routing(2)
+
+
+def measured(system: SystemSpec, slots: int, *, slower: float = 1.0, **about: object) -> RunResult:
+    """A run that a machine might have measured: all its times are ``slower`` times those of the profile."""
+    judged = retarget(RECORDED, SPEC)
+    learned = TraceCalibration.of(retarget(LEARNED, SPEC), judged)
+    budget = Budget(slots=slots)
+    run = simulate(
+        one_at_a_time(judged), system, budget, ProfileCosts(PROFILE), hardware="machine", calibration=learned
+    )
+    for table in (run.requests, run.tokens, run.layers, run.events):
+        times = [name for name in table if name.endswith("_s")]
+        table[times] *= slower
+    workload = {**run.info.workload, **about}
+    run.info = run.info.model_copy(update={"source": "measured", "hardware": "machine", "workload": workload})
+    return run
+
+
+@dataclass
+class Folder:
+    runs: Path
+    profile: Path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Two systems, one of them fitted to a trace, at two cache sizes, each measured twice."""
+    root = tmp_path / "model"
+    for name in ("ktransformers", "mixtral-offloading"):
+        system = preset(name).system
+        for cache, slots in (("25%", 2), ("50%", 4)):
+            for repeat, slower in enumerate((1.05, 1.0), start=1):
+                run = measured(system, slots, slower=slower, cache=cache)
+                run.save(root / "runs" / name / cache.replace("%", "pct") / f"r{repeat}")
+        measured(system, 3).save(root / "constants" / name / "r1")
+    save(RECORDED, root / "trace.safetensors")
+    save(LEARNED, root / "calibration.safetensors")
+    PROFILE.save(root / "profile.toml")
+    return Folder(root, root / "profile.toml")
+
+
+def run(*words: object) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "140"})
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_repeats_of_the_same_work_stand_together_and_constants_are_left_out(folder: Folder) -> None:
+    groups = groups_of(folder.runs)
+    assert [(group.system, group.cache) for group in groups] == [
+        (system, cache) for system in ("ktransformers", "mixtral-offloading") for cache in ("25%", "50%")
+    ]
+    assert all([path.name for path in group.folders] == ["r1", "r2"] for group in groups)
+    assert (constant_s(folder.runs, "ktransformers") or 0.0) > 0
+    assert constant_s(folder.runs, "hybrimoe") is None
+
+
+def test_the_tenth_repeat_comes_after_the_second(tmp_path: Path) -> None:
+    for number in (10, 2, 1):
+        measured(SystemSpec(), 2).save(tmp_path / f"r{number}")
+    (group,) = groups_of(tmp_path)
+    assert [path.name for path in group.folders] == ["r1", "r2", "r10"]
+    assert group.cache == "4 slots"
+
+
+def test_a_run_is_simulated_from_what_it_tells_and_what_stands_beside_it(folder: Folder) -> None:
+    twin = Twin.of(folder.runs / "runs", folder.profile)
+    for group in groups_of(folder.runs):
+        again = twin.simulate(group.info)
+        best = RunResult.load(group.folders[1])
+        assert again.info.source == "simulated"
+        assert again.tokens.end_s.to_numpy() == pytest.approx(best.tokens.end_s.to_numpy())
+        assert (again.layers.misses == best.layers.misses).all()
+
+
+def test_slots_that_are_split_by_misses_are_split_again(tmp_path: Path) -> None:
+    from sim.slots import split_by_misses
+
+    learned = TraceCalibration.of(retarget(LEARNED, SPEC), retarget(RECORDED, SPEC))
+    system = SystemSpec(slots_by_layer="miss-costs")
+    judged = retarget(RECORDED, SPEC)
+    budget = Budget(slots=3, by_layer=split_by_misses(learned, 6))
+    known = simulate(one_at_a_time(judged), system, budget, ProfileCosts(PROFILE), hardware="x", calibration=learned)
+    save(RECORDED, tmp_path / "t.safetensors")
+    save(LEARNED, tmp_path / "c.safetensors")
+    PROFILE.save(tmp_path / "p.toml")
+    twin = Twin.of(tmp_path, tmp_path / "p.toml", tmp_path / "t.safetensors", tmp_path / "c.safetensors")
+    again = twin.simulate(known.info)
+    assert (again.layers.misses == known.layers.misses).all()
+
+
+def test_compare_judges_a_folder_of_measured_runs(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    printed = run("--measured", folder.runs, "--profile", folder.profile, "--out", out)
+    assert "4 points (2 systems)" in " ".join(printed.split())
+    assert sorted(path.name for path in out.iterdir()) == [
+        "components.csv", "points.csv", "report.html", "report.md", "summary.json", "tokens.parquet",
+    ]  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["overall"]["median"] == pytest.approx(0.0, abs=1e-9)
+    assert summary["overall"]["noise"] == pytest.approx(0.025)
+    assert summary["overall"]["decisions_exact"]
+    assert summary["overall"]["repeats"] == [2, 2]
+
+
+def test_compare_takes_a_single_run(folder: Folder, tmp_path: Path) -> None:
+    one = folder.runs / "runs" / "ktransformers" / "25pct" / "r1"
+    told = json.loads(run("--measured", one, "--profile", folder.profile, "--out", tmp_path / "r", "--json"))
+    assert told["overall"]["points"] == 1
+    assert told["overall"]["median"] == pytest.approx(0.05 / 1.05)
+    assert told["overall"]["noise"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--measured", "RUNS"), "profile must be given with --measured, got nothing"),
+        (("--profile", "p.toml"), "profile must be left out without --measured, got p.toml"),
+        ((), "measured must be given, got nothing"),
+        (
+            ("x", "--measured", "RUNS", "--profile", "P"),
+            "a measured run by its place must be left out",
+        ),
+        (("--measured", "NOWHERE", "--profile", "P"), "measured must be a folder of runs, got NOWHERE"),
+    ],
+)
+def test_words_that_do_not_go_together_are_refused(folder: Folder, words: tuple[str, ...], told: str) -> None:
+    given = [{"RUNS": folder.runs, "P": folder.profile}.get(word, word) for word in words]
+    with pytest.raises(InputError, match=told):
+        run(*given)
+
+
+def test_another_trace_and_a_missing_calibration_are_told(folder: Folder, tmp_path: Path) -> None:
+    words = ("--measured", folder.runs, "--profile", folder.profile, "--out", tmp_path / "out")
+    with pytest.raises(InputError, match=r"trace must be the one that was replayed \(.*\) on the profile's model, got"):
+        run(*words, "--trace", folder.runs / "calibration.safetensors")
+    (folder.runs / "calibration.safetensors").unlink()
+    with pytest.raises(InputError, match="calibration must be given for ktransformers, which was fitted to a trace"):
+        run(*words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_measured_runs_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="measured must hold measured runs, got none in"):
+        groups_of(tmp_path)
+
+
+@dataclass
+class Handed:
+    """What the measuring half of a validation hands over."""
+
+    folder: Path
+    missing: dict[str, list[str]]
+    done: int = 5
+    total: int = 9
+    archive: Path | None = None
+    as_json: bool = False
+
+
+@pytest.fixture
+def validation(folder: Folder) -> Path:
+    root = folder.runs.parent
+    (root / "settings.json").write_text('{"device": "cpu", "caches": ["25%", "50%"]}')
+    (root / "environment.json").write_text('{"date": "2026-01-01", "processor": "by hand"}')
+    return root
+
+
+def test_a_validation_is_judged_into_its_own_folder(validation: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judge(Handed(validation, {"model": ["runs/x"]}, archive=validation.parent / "a.tar.gz"))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Not complete: 4 of 9 pieces are missing (1 of model); call again to go on." in told
+    summary = json.loads((validation / "summary.json").read_text(encoding="utf-8"))
+    assert not summary["complete"]
+    assert summary["overall"]["skill"] is not None
+    assert "2 of" not in (validation / "report.md").read_text(encoding="utf-8").splitlines()[0]
+    assert (validation / "model" / "profile.toml").exists()
+    with tarfile.open(validation.parent / "a.tar.gz") as packed:
+        names = packed.getnames()
+    assert f"{validation.name}/summary.json" in names
+    assert f"{validation.name}/model/runs/ktransformers/25pct/r1/run.json" in names
+    judge(Handed(validation, {}, done=9, as_json=True))
+    assert json.loads(capsys.readouterr().out)["complete"]
+
+
+def test_nothing_measured_is_told_and_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judge(Handed(tmp_path, {"model": ["profile"]}, done=0))
+    assert "nothing to judge yet: 0 of 9 pieces" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_folders_give_equal_archives(validation: Path) -> None:
+    archives = [validation.parent / f"{name}.tar.gz" for name in ("one", "other")]
+    for archive in archives:
+        judge(Handed(validation, {}, done=9, archive=archive))
+    assert archives[0].read_bytes() == archives[1].read_bytes()
