@@ -46,6 +46,10 @@ class ProfileCosts:
         made.name = self.name
         return made
 
+    def slow(self) -> ProfileCosts:
+        """The costs where every piece of work takes its 90th percentile, which carries the spread into a run's time."""
+        return ProfileCosts(self.profile.slow())
+
     @cache  # noqa: B019 - a run keeps its one costs object alive anyway
     def dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
         points = self.profile.dense

@@ -81,6 +81,7 @@ class RunInfo(BaseModel):
     prefetched_bytes: int = 0
     layers_on_cpu: list[int] = []
     synthetic: bool = False
+    slow_token_s: float | None = None
     software: dict[str, str] = {}
     notes: list[str] = []
 

@@ -133,17 +133,20 @@ def simulate(
     seed: int = 0,
     events: bool = True,
     operations: bool = True,
+    slow: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Runs ``plan`` in simulated time: passes in their order, or requests as they arrive.
 
     ``hardware`` names the machine that ``costs`` describe, ``calibration`` the trace that fitted policies learn from.
-    Without ``events`` and ``operations`` these two long tables stay empty, which is quicker: for sweeps.
+    Without ``events`` and ``operations`` these two long tables stay empty, which is quicker: for sweeps. With ``slow``
+    every piece of work takes the 90th percentile of a profile's measurements; policies weigh what they always weigh.
     """
     controller = build_controller(plan, system, budget, costs, calibration, seed=seed)
     if isinstance(costs, ProfileCosts):
         slots = budget.total(controller.shape.layers, system.scope) + budget.staging
         costs = costs.for_run(system, slots)  # after the controller: what policies weigh is the same on both clocks
+        costs = costs.slow() if slow else costs
     engine = Engine(controller, costs, events=events, operations=operations)
     predictions = predictions_of(plan.trace, system.lookahead_depth)
     routing = routings_of(plan.trace, scored="scores" in system.needs, ranked="gates" in system.needs)

@@ -164,7 +164,9 @@ def test_python_in_a_layer_is_that_of_decode_tokens() -> None:
 def test_the_limits_of_the_executor_are_kept_as_they_are_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = Profile.load(Path(__file__).parent.parent / "analysis/results/xeon-2core-cpu-small/profile.toml")
+    known = Profile.load(
+        Path(__file__).parent.parent / "analysis/results/xeon-2core-cpu-small/moetwin-small/profile.toml"
+    )
     monkeypatch.setattr(executor_limits, "calibrate", lambda *args, **options: known)
     out, profile = tmp_path / "limits.json", tmp_path / "here.toml"
     result = run(executor_limits.main, "--prompt", "4", "--keep-profile", str(profile), "--out", str(out))

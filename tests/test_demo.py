@@ -54,14 +54,6 @@ def test_the_floor_benchmark_prints_engine_and_skeleton(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_fidelity_benchmark_judges_every_configuration(tmp_path: Path) -> None:
-    words = ("--small", "--domains", "1", "--tokens", "3", "--repeats", "3", "--out", str(tmp_path / "figures"))
-    outcome = python("-m", "benchmarks.fidelity", *words)
-    assert outcome.returncode == 0, outcome.stderr
-    assert "decisions exact: True" in outcome.stdout
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"fidelity.json", "profile.toml"}
-
-
 def test_memory_of_a_replay_grows_by_a_tenth_of_a_gibibyte_for_ten_million_accesses(tmp_path: Path) -> None:
     """The bar, 1 GiB above the mapped file for a hundred million, scaled down: what two lengths differ in."""
 

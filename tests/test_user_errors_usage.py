@@ -49,7 +49,8 @@ def mistakes(name: str, command: Any) -> Iterator[tuple[list[str], str]]:
     if all(one.nargs == 1 for one in command.params):
         alone = " and ".join(one.name.upper() for one in command.params if one.param_type_name == "argument")
         told = f"{alone} alone, got 'one-too-many' as well" if alone else "no words, got 'one-too-many' as well"
-        yield [*given, "one-too-many"], f"{name} must be given {told}"
+        free = [one for one in command.params if one.param_type_name == "argument" and not one.required]
+        yield [*given, *("x" for _ in free), "one-too-many"], f"{name} must be given {told}"
     taking = [one for one in command.params if one.param_type_name == "option" and not one.is_flag]
     for one in taking:
         yield [*given, one.opts[0]], f"{one.opts[0][2:]} must have a value, got none"
@@ -116,8 +117,9 @@ def test_an_example_of_the_help_is_a_command_with_names_that_exist(name: str, co
     for trace in (given.get("trace"), given.get("routing")):
         assert trace is None or trace.endswith(".safetensors") or find_trace(trace).exists()
     assert given.get("generator", "zipf") in synthetic.GENERATORS
-    model = given.get("model")
-    assert model is None or "/" in model or model in [*catalogue.model_names(), "moetwin-small"] or "x" in model
+    models = given.get("model") or []
+    for model in [models] if isinstance(models, str) else models:
+        assert "/" in model or model in [*catalogue.model_names(), "moetwin-small"] or "x" in model
     if name in ("simulate", "hardware show"):
         machine = given.get("hardware") or given.get("name") or catalogue.REFERENCE_MACHINE
         assert catalogue.find_parts(machine) or catalogue.hardware(machine)

@@ -34,6 +34,10 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+POINTS = ("copies", "gpu_expert", "cpu_expert_first", "cpu_expert_later", "head")
+"""Fields of a profile that are points by size."""
+
+
 class Point(_Table):
     """Seconds of one piece of work: ``value_s`` is what predictions use, median and p90 show the spread."""
 
@@ -42,6 +46,10 @@ class Point(_Table):
     median_s: NonNegativeFloat
     p90_s: NonNegativeFloat
     repeats: PositiveInt
+
+    def slow(self) -> Point:
+        """The same at its 90th percentile."""
+        return self.model_copy(update={"value_s": max(self.value_s, self.p90_s)})
 
 
 class DensePoint(_Table):
@@ -54,6 +62,12 @@ class DensePoint(_Table):
     most_context: PositiveInt
     p90_s: NonNegativeFloat
     repeats: PositiveInt
+
+    def slow(self) -> DensePoint:
+        """The same where a layer in the middle of the measured contexts takes its 90th percentile."""
+        context = (self.least_context + self.most_context) / 2
+        rise_s = max(0.0, self.p90_s - self.base_s - self.per_context_s * context)
+        return self.model_copy(update={"base_s": self.base_s + rise_s})
 
 
 class Slowdown(_Table):
@@ -108,7 +122,7 @@ class Profile(_Table):
     def _usable(self) -> Profile:
         if self.profile_version != PROFILE_VERSION:
             raise ValueError(f"profile_version must be {PROFILE_VERSION}, got {self.profile_version}")
-        for name in ("copies", "gpu_expert", "cpu_expert_first", "cpu_expert_later", "head"):
+        for name in POINTS:
             _check_ascending(name, [point.size for point in getattr(self, name)])
         _check_ascending("dense", [point.tokens for point in self.dense])
         return self
@@ -117,6 +131,11 @@ class Profile(_Table):
     def digest(self) -> str:
         """SHA-256 of the content: a result names the profile that it was computed with."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def slow(self) -> Profile:
+        """The same machine where every measured piece of work takes its 90th percentile."""
+        fields = {name: tuple(point.slow() for point in getattr(self, name)) for name in (*POINTS, "dense")}
+        return self.model_copy(update=fields)
 
     def save(self, path: Path, *, force: bool = False) -> None:
         """Writes TOML, whole or not at all; raises :class:`InputError` for a file that exists, without ``force``."""

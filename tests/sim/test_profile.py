@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.profile import IGNORED, ProfileCosts
+from sim.run import simulate
 from sim.spec import ModelSpec
 from sim.spec.profile import DensePoint, Point, Profile, Slowdown
-from tests.sim.hand import host
+from sim.systems import Budget, SystemSpec
+from tests.sim.hand import host, trace_of
 from traces.errors import InputError
+from traces.workload import one_at_a_time
 
 MODEL = ModelSpec(
     name="by-hand",
@@ -209,3 +212,22 @@ def test_a_file_that_is_missing_or_binary_is_refused(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"profile must be TOML, got .*binary\.toml"):
         Profile.load(binary)
+
+
+def test_a_slow_profile_takes_the_ninetieth_percentile_of_every_piece() -> None:
+    slow = ProfileCosts(profile(dense=(dense(1, 0.5, 0.0).model_copy(update={"p90_s": 2.0}),))).slow()
+    assert slow.gpu_expert_s(4) == 12.0
+    assert slow.copy_s(1000) == 6.0
+    assert slow.cpu_expert_s(1, True) == 15.0
+    assert slow.head_s(4, 1) == 25.5
+    assert slow.dense_s(1, 64) == 2.0
+
+
+def test_the_spread_is_carried_into_a_run_whose_decisions_stay() -> None:
+    workload = one_at_a_time(trace_of([[[0], [1]], [[0], [2]]]))
+    costs = ProfileCosts(profile(dense=(dense(1, 1.0, 0.0).model_copy(update={"p90_s": 3.0}),), slowdowns=()))
+    system, budget = SystemSpec(place="fiddler"), Budget(slots=1)
+    plain, slow = (simulate(workload, system, budget, costs, hardware="desk", slow=slow) for slow in (False, True))
+    assert plain.operations.equals(slow.operations)
+    for column in ("gpu_experts_s", "cpu_experts_s", "dense_s", "transfer_s"):
+        assert slow.layers[column].sum() == pytest.approx(3 * plain.layers[column].sum())
