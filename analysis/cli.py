@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from analysis.files import check_file, write_text
 from analysis.frames import load_runs
 from analysis.report import render_markdown, render_report, system_label, verdict
 from analysis.timeline import write_perfetto
+from sim.grouped import grouped
 from sim.results import check_folder
 from traces.errors import InputError
 from traces.schema import Trace
@@ -27,21 +29,82 @@ ENDINGS = {"out": (".html", ".htm"), "perfetto": (".json",), "markdown": (".md",
 """How the names of the files end, by what is written into them."""
 
 
+@dataclass(frozen=True)
+class MeasuredRuns:
+    """The options of judging measured runs that have yet to be simulated."""
+
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="Instead of two runs: a measured run, or a folder of them, each simulated on --profile."),
+    ] = None
+    profile: Annotated[Path | None, typer.Option(help="The profile to simulate measured runs on.")] = None
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="With --measured: the trace that fitted systems learned from, if it is not beside the runs."),
+    ] = None
+
+    def judge(self, trace: Path | None, out: Path, *, as_json: bool, force: bool) -> None:
+        """Simulates every measured run in a folder on a profile, and judges them all in one report."""
+        if self.profile is None:
+            raise InputError("profile must be given with --measured, got nothing")
+        assert self.measured is not None
+        from analysis.judging import PAGE, outcome_of, show, write_report
+
+        check_folder(out, force=force)
+        _spare_inputs({"out": out}, [self.measured])
+        facts = {"runs": str(self.measured)}
+        outcome = outcome_of([(self.measured, self.profile)], facts=facts, trace=trace, calibration=self.calibration)
+        write_report(out, outcome, force=force)
+        show(outcome, out / PAGE, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class TwoRuns:
+    """The options of comparing a measured with a simulated run."""
+
+    repeat: Annotated[
+        list[Path] | None, typer.Option(help="Further measured runs of the same work; repeatable. Gives the noise.")
+    ] = None
+    calibration_mean_s: Annotated[
+        float | None,
+        typer.Option(
+            "--calibration-mean-s", min=1e-9, help="Mean seconds of a decode token while calibrating; gives the skill."
+        ),
+    ] = None
+    perfetto: Annotated[
+        Path | None, typer.Option(help="Also write both timelines as a Chrome trace, for ui.perfetto.dev.")
+    ] = None
+    markdown: Annotated[Path | None, typer.Option(help="Also write a short Markdown table.")] = None
+
+    def compare(self, runs: list[Path], trace: Path | None, out: Path, *, as_json: bool, force: bool) -> None:
+        """Compares ``runs``, the measured and the simulated one, and writes what was asked for."""
+        inputs, targets = (
+            [*runs, *(self.repeat or [])],
+            {"out": out, "perfetto": self.perfetto, "markdown": self.markdown},
+        )
+        _check_targets(targets, force=force)
+        _spare_inputs(targets, inputs)
+        ours, theirs, *others = load_runs(inputs)
+        recorded = None if trace is None else _trace(trace, ours.info.trace_digest)
+        outcome = compare_runs(ours, theirs, repeats=others, calibration_mean_s=self.calibration_mean_s)
+        page = render_report(comparison=outcome, measured=ours, simulated=theirs, trace=recorded, facts={})
+        written = {"report": write_text(out, page, force=force)}
+        if self.perfetto is not None:
+            written["perfetto"] = write_perfetto(self.perfetto, [ours, theirs], force=force)
+        if self.markdown is not None:
+            written["markdown"] = write_text(self.markdown, render_markdown(outcome), force=force, field="markdown")
+        _show(outcome, written, as_json=as_json)
+
+
+@grouped
 def compare(
+    folder: MeasuredRuns,
+    pair: TwoRuns,
     measured_run: Annotated[
         Path | None, typer.Argument(metavar="MEASURED", help="Result folder of the measured run.", show_default=False)
     ] = None,
     simulated: Annotated[
         Path | None, typer.Argument(help="Result folder of the simulated run.", show_default=False)
-    ] = None,
-    measured: Annotated[
-        Path | None,
-        typer.Option(help="Instead of two runs: a measured run, or a folder of them, each simulated on --profile."),
-    ] = None,
-    profile: Annotated[Path | None, typer.Option(help="The profile to simulate measured runs on.")] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="With --measured: the trace that fitted systems learned from, if it is not beside the runs."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -49,22 +112,9 @@ def compare(
             help="The HTML page to write, or with --measured the folder.", show_default="report.html, or report"
         ),
     ] = None,
-    repeat: Annotated[
-        list[Path] | None, typer.Option(help="Further measured runs of the same work; repeatable. Gives the noise.")
-    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="The trace that both ran; adds expert popularity and the memory of all experts.")
     ] = None,
-    calibration_mean_s: Annotated[
-        float | None,
-        typer.Option(
-            "--calibration-mean-s", min=1e-9, help="Mean seconds of a decode token while calibrating; gives the skill."
-        ),
-    ] = None,
-    perfetto: Annotated[
-        Path | None, typer.Option(help="Also write both timelines as a Chrome trace, for ui.perfetto.dev.")
-    ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write a short Markdown table.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
@@ -80,59 +130,22 @@ def compare(
 
       moetwin compare --measured runs --profile here.toml --out report
     """
-    if measured is not None:
-        alone = {"simulated": simulated, "repeat": repeat, "perfetto": perfetto, "markdown": markdown}
-        _refuse({"a measured run by its place": measured_run, **alone}, "with --measured")
-        _judge(measured, profile, trace, calibration, out or Path("report"), as_json=json_, force=force)
+    if folder.measured is not None:
+        _refuse({"a measured run by its place": measured_run, "simulated": simulated, **vars(pair)}, "with --measured")
+        folder.judge(trace, out or Path("report"), as_json=json_, force=force)
         return
-    _refuse({"profile": profile, "calibration": calibration}, "without --measured")
+    _refuse({"profile": folder.profile, "calibration": folder.calibration}, "without --measured")
     for name, given in {"measured": measured_run, "simulated": simulated}.items():
         if given is None:
             raise InputError(f"{name} must be given, got nothing")
-    assert measured_run is not None
-    assert simulated is not None
-    out = out or Path("report.html")
-    targets = {"out": out, "perfetto": perfetto, "markdown": markdown}
-    _check_targets(targets, force=force)
-    _spare_inputs(targets, [measured_run, simulated, *(repeat or [])])
-    ours, theirs, *others = load_runs([measured_run, simulated, *(repeat or [])])
-    recorded = None if trace is None else _trace(trace, ours.info.trace_digest)
-    outcome = compare_runs(ours, theirs, repeats=others, calibration_mean_s=calibration_mean_s)
-    page = render_report(comparison=outcome, measured=ours, simulated=theirs, trace=recorded, facts={})
-    written = {"report": write_text(out, page, force=force)}
-    if perfetto is not None:
-        written["perfetto"] = write_perfetto(perfetto, [ours, theirs], force=force)
-    if markdown is not None:
-        written["markdown"] = write_text(markdown, render_markdown(outcome), force=force, field="markdown")
-    _show(outcome, written, as_json=json_)
+    runs = [one for one in (measured_run, simulated) if one is not None]
+    pair.compare(runs, trace, out or Path("report.html"), as_json=json_, force=force)
 
 
 def _refuse(given: Mapping[str, object], where: str) -> None:
     for name, value in given.items():
         if value:
-            raise InputError(f"{name} must be left out {where}, got {value}")
-
-
-def _judge(
-    measured: Path,
-    profile: Path | None,
-    trace: Path | None,
-    calibration: Path | None,
-    out: Path,
-    *,
-    as_json: bool,
-    force: bool,
-) -> None:
-    """Simulates every measured run in a folder on a profile, and judges them all in one report."""
-    if profile is None:
-        raise InputError("profile must be given with --measured, got nothing")
-    from analysis.judging import PAGE, outcome_of, show, write_report
-
-    check_folder(out, force=force)
-    _spare_inputs({"out": out}, [measured])
-    outcome = outcome_of([(measured, profile)], facts={"runs": str(measured)}, trace=trace, calibration=calibration)
-    write_report(out, outcome, force=force)
-    show(outcome, out / PAGE, as_json=as_json)
+            raise InputError(f"{name.replace('_', '-')} must be left out {where}, got {value}")
 
 
 def _check_targets(targets: dict[str, Path | None], *, force: bool) -> None:
