@@ -1,6 +1,6 @@
 """HybriMoE against KTransformers: the published speed-ups beside simulated ones, and what they hang on.
 
-    python -m benchmarks.hybrimoe [--sequences 4] [--jobs 2] [--out analysis/results/hybrimoe.json]
+    python -m benchmarks.hybrimoe [--sequences 4] [--jobs 2] [--out analysis/results/published/hybrimoe.json]
 
 The paper's three models in 4 bits, at 25, 50 and 75 % of their experts, on its machine (an A6000 and ten cores of a
 Xeon 5220R). No routing of these models is public: it is generated in the manner of `mixed`, the recording that ships,

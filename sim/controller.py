@@ -2,7 +2,8 @@
 
 The clock calls, from one thread: :meth:`~OffloadController.begin_step`, then for each MoE layer
 :meth:`~OffloadController.plan_layer`, and, while its link has room, :meth:`~OffloadController.next_transfer`. It
-reports arrivals of prefetched experts with :meth:`~OffloadController.on_arrival`.
+reports arrivals of prefetched experts with :meth:`~OffloadController.on_arrival`, and with
+:meth:`~OffloadController.on_withdrawal` those that it has taken back because they had not begun.
 """
 
 from __future__ import annotations
@@ -198,7 +199,10 @@ class OffloadController:
         del self.cache.in_flight[operation.layer * self.shape.experts + operation.expert]
 
     def on_withdrawal(self, operation: Operation) -> None:
-        """A prefetch that had not begun when a layer's choice became known is taken back, to be decided anew."""
+        """A prefetch that had not begun when a layer's choice became known is taken back, to be decided anew.
+
+        Its slot is free; the expert that had made room for it stays out.
+        """
         del self.cache.in_flight[operation.layer * self.shape.experts + operation.expert]
         self._draft.withdraw(operation)
         self.prefetched -= 1

@@ -27,6 +27,7 @@ class Draft:
         self._written_bytes = expert_bytes if write_back else 0
         self._memory = memory
         self._saved_by: dict[int, int] = {}  # by slot: the operation that saves what it held
+        self._awaited_save: dict[int, int] = {}  # by prefetch: the write-back that its slot is being saved by
         self._tells = type(evict).admit is not EvictionPolicy.admit  # most policies do not listen
         self._number = 0
         self._ahead = False  # whether what is being copied is a prefetch
@@ -123,8 +124,8 @@ class Draft:
         block = operation.layer * self._experts + operation.expert
         slot = self._cache.remove(block)
         self._evict.forget(block)
-        if self._written_bytes and operation.after:
-            self._saved_by[slot] = operation.after[-1]
+        if operation.id in self._awaited_save:
+            self._saved_by[slot] = self._awaited_save.pop(operation.id)
 
     def _swap(self, leaving: Sequence[int], arriving: Sequence[int]) -> dict[int, int]:
         """Residents that leave once they have been read: each gives its slot to one of ``arriving``."""
@@ -162,7 +163,10 @@ class Draft:
             after = (*after, *self._brought(memory, block))
         self._number = number = self._number + 1
         if slot in self._saved_by:
-            after = (*after, self._saved_by.pop(slot))
+            saver = self._saved_by.pop(slot)
+            after = (*after, saver)
+            if self._ahead:
+                self._awaited_save[number] = saver
         fields = (number, COPY, self._layer, block - self._base, slot, 0, self._bytes, after, self._ahead, False)
         self.operations.append(operation_of(fields))
         if memory:

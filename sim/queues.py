@@ -103,7 +103,7 @@ class Queues:
         if self._synchronous:
             yield from self._one_by_one(plan.operations, record, first)
             return
-        if self.link.outstanding:
+        if self.link.outstanding or self.disk.second:
             self._promote(plan.operations)
         for operation in plan.operations:
             self._enqueue(operation, record, first)

@@ -35,7 +35,7 @@ MOMENTS: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptible: None) -> None:
     monkeypatch.chdir(tmp_path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sim.plan import Operation
 from tests.sim.hand import (
     HandCosts,
     Script,
@@ -211,6 +212,24 @@ def test_a_prefetch_that_has_not_begun_is_taken_back_when_the_next_choice_is_kno
     assert times["link", "prefetch", 1, 1] == (1, 9)  # it had begun
     assert ("link", "prefetch", 1, 2) not in times
     assert times["link", "copy", 1, 2] == (9, 17)
+
+
+def test_a_read_for_a_prefetch_that_was_taken_back_goes_first_once_it_is_waited_for() -> None:
+    """The copy (71) waits for its read when layer 1 wants the same expert, and another that is on the disk too."""
+
+    class ReadsAhead(Script):
+        def next_transfer(self) -> tuple[Operation, ...]:
+            return (*super().next_transfer(), *super().next_transfer())
+
+    ahead = [read(69, 3, layer=1), read(70, 1, layer=1), prefetch(71, 1, 1, after=(70,))]
+    ahead = [one._replace(prefetch=True) for one in ahead]
+    demanded = [copy(2, 1, 70, layer=1), read(3, 2, layer=1), copy(4, 2, 3, layer=1)]
+    script = ReadsAhead([[gpu(1, 0)], [*demanded, gpu(5, 1, 2, layer=1), gpu(6, 2, 4, layer=1)]], {1: ahead})
+    times = play(script, HandCosts(read=4), closed=False)
+    assert script.withdrawn == [71]
+    assert times["disk", "read", 1, 3] == (1, 5)
+    assert times["disk", "read", 1, 1] == (5, 9)
+    assert times["disk", "read", 1, 2] == (9, 13)
 
 
 @BOTH_WAYS

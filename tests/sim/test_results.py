@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,14 +165,6 @@ def test_a_signal_while_entries_are_moved_waits_until_all_are(
         signal.signal(number, before)
     assert contents(tmp_path) == {"a": "new", "b": "new", "c/d": "new", "mine": "mine"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "mine"]
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background, with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
