@@ -191,7 +191,7 @@ def _simulate_all(
     with _progress(_steps(prepared)) as progress:
         for (preset, one), bound in zip(ready, bounds, strict=True):
             run = one.run(events=events, progress=progress)
-            entries.append(Entry(preset, run, bound))
+            entries.append(Entry(preset, run, one.costs, bound))
     records = side_by_side(entries)
     for name, reason in left_out.items():
         typer.echo(f"left out: {name}: {reason}", err=True)

@@ -24,6 +24,7 @@ from sim.spec.profile import Profile
 from traces.errors import InputError
 
 PAGE = "report.html"
+ARCHIVE = ".tar.gz"
 
 
 class Measured(Protocol):
@@ -95,7 +96,10 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Writes the whole ``folder`` as one ``.tar.gz`` file, complete or not at all; equal content gives equal bytes."""
+    """Writes the whole ``folder`` as one ``.tar.gz`` file, complete or not at all; equal content gives equal bytes.
+
+    Left out are hidden files and folders, which are half-written, and archives, this one and others.
+    """
     draft = archive.with_name(f".{archive.name}.{os.getpid()}.partial")
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
@@ -105,13 +109,18 @@ def pack(folder: Path, archive: Path) -> None:
             tarfile.open(fileobj=packed, mode="w") as tar,
         ):
             for path in sorted(folder.rglob("*")):
-                if not path.name.startswith("."):
-                    tar.add(path, f"{folder.resolve().name}/{path.relative_to(folder)}", recursive=False, filter=_plain)
+                inside = path.relative_to(folder)
+                if not (path.name.endswith(ARCHIVE) or _is_hidden(inside)):
+                    tar.add(path, f"{folder.resolve().name}/{inside}", recursive=False, filter=_plain)
         draft.replace(archive)
     except OSError as error:
         raise InputError(f"archive must be a file that can be written, got {archive} ({error.strerror})") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _is_hidden(inside: Path) -> bool:
+    return any(part.startswith(".") for part in inside.parts)
 
 
 def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -128,7 +137,7 @@ def _write(folder: Path, outcome: Outcome) -> None:
 
 
 def _has_runs(folder: Path) -> bool:
-    return any((folder / "runs").rglob("run.json"))
+    return any(not _is_hidden(path.relative_to(folder)) for path in (folder / "runs").rglob("run.json"))
 
 
 def _facts(folder: Path) -> dict[str, str]:

@@ -1,18 +1,20 @@
 """Folders of measured runs: which of them are repeats of the same work, and what the simulator says of each.
 
-A run tells what it ran (model, system, slots, trace, workload) but holds neither its trace nor the one that fitted
-systems learned from: these are found by content among files, beside the runs and among the recordings that ship.
+A run tells what it ran (model, system, slots, trace, workload) but holds no trace. The one that was replayed is found
+by content among files, beside the runs and among the recordings that ship. No run tells what fitted systems learned
+from: that is the file given for it, or the nearest ``calibration.safetensors`` in the folder of the runs or above it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.compare import Comparison, compare
+from analysis.compare import compare
 from analysis.frames import fastest, step_frame
+from analysis.validation import Judged
 from sim.profile import ProfileCosts
 from sim.results import RunInfo, RunResult
 from sim.spec.profile import Profile
@@ -30,11 +32,25 @@ if TYPE_CHECKING:
 TRACE_FILE, CALIBRATION_FILE, PROFILE_FILE = "trace.safetensors", "calibration.safetensors", "profile.toml"
 """What stands beside the runs of a validation."""
 
+DIGEST_LETTERS = 8
+
 LEVELS = 4
 """How far above a run those files may stand."""
 
 CONSTANTS = "constants"
 """Folder of a validation's runs on synthetic routing."""
+
+WORK = (
+    "model",
+    "hardware",
+    "system",
+    "capacity_slots",
+    "capacity_bytes",
+    "staging_slots",
+    "trace_digest",
+    "workload",
+)
+"""Fields of a run that are equal in all repeats of the same work."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,8 @@ def groups_of(folder: Path) -> list[Group]:
         raise InputError(f"measured must be a folder of runs, got {folder}")
     found: dict[str, list[tuple[Path, RunInfo]]] = {}
     for file in sorted(folder.rglob("run.json"), key=_natural):
-        if CONSTANTS in file.relative_to(folder).parts:
+        parts = file.relative_to(folder).parts
+        if CONSTANTS in parts or any(part.startswith(".") for part in parts):  # hidden: half-written
             continue
         info = RunResult.load_info(file.parent)
         if info.source == "measured":
@@ -75,6 +92,31 @@ def groups_of(folder: Path) -> list[Group]:
     if not found:
         raise InputError(f"measured must hold measured runs, got none in {folder}")
     return [Group(tuple(path for path, _ in members), members[0][1]) for members in found.values()]
+
+
+def workloads_of(groups: Sequence[Group]) -> list[str]:
+    """What names each group's workload among the others: its trace and its batch, as far as they differ, or nothing.
+
+    Raises :class:`InputError` for two groups that differ in what no table names, so that nobody could tell them apart.
+    """
+    told = [
+        {"trace": one.info.trace_digest[:DIGEST_LETTERS], "batch": str(one.info.workload["batch"])} for one in groups
+    ]
+    differ = [name for name in ("trace", "batch") if len({one[name] for one in told}) > 1]
+    words = [", ".join(f"{name} {one[name]}" for name in differ) for one in told]
+    seen: dict[tuple[str, ...], Group] = {}
+    for group, workload in zip(groups, words, strict=True):
+        other = seen.setdefault((group.info.model, group.system, group.cache, workload), group)
+        if other is not group:
+            raise InputError(
+                f"measured must hold repeats of the same work under {group.system} at {group.cache}, got "
+                f"{group.folders[0]} with another {_difference(other.info, group.info)} than {other.folders[0]}"
+            )
+    return words
+
+
+def _difference(one: RunInfo, other: RunInfo) -> str:
+    return " and ".join(name for name in WORK if getattr(one, name) != getattr(other, name))
 
 
 def _natural(path: Path) -> tuple[tuple[bool, int, str], ...]:
@@ -87,17 +129,7 @@ def _natural(path: Path) -> tuple[tuple[bool, int, str], ...]:
 
 
 def _work(info: RunInfo) -> str:
-    kept = (
-        "model",
-        "hardware",
-        "system",
-        "capacity_slots",
-        "capacity_bytes",
-        "staging_slots",
-        "trace_digest",
-        "workload",
-    )
-    return info.model_dump_json(include=set(kept))
+    return info.model_dump_json(include=set(WORK))
 
 
 @dataclass(frozen=True)
@@ -128,7 +160,7 @@ class Twin:
         trace = self._trace(info)
         workload = _workload(trace, info)
         system = SystemSpec(**info.system)
-        learned = self._learned(trace, system)
+        learned = self._learned(trace, system, workload.batch)
         budget = _budget(info, system, spec.moe_layers, learned)
         costs = ProfileCosts(self.profile, spec)
         return simulate(workload, system, budget, costs, hardware=self.profile.name, calibration=learned)
@@ -144,14 +176,17 @@ class Twin:
             f"trace must be the one that was replayed ({info.trace_digest[:12]}) on the profile's model, got {tried}"
         )
 
-    def _learned(self, judged: Trace, system: SystemSpec) -> TraceCalibration | None:
+    def _learned(self, judged: Trace, system: SystemSpec, batch: int) -> TraceCalibration | None:
         if "calibration" not in system.needs:
             return None
         from sim.replay.calibration import TraceCalibration  # numba is imported with it
 
         for path in self.learned:
-            return TraceCalibration.of(next(reversed([*_as_run(load_trace(path), self.profile)])), judged)
-        raise InputError(f"calibration must be given for {system.label()}, which was fitted to a trace, got none")
+            return TraceCalibration.of(next(reversed([*_as_run(load_trace(path), self.profile)])), judged, batch)
+        raise InputError(
+            f"calibration must be given for {system.label()}, which was fitted to a trace that no run tells, got no "
+            f"{CALIBRATION_FILE} beside the runs"
+        )
 
 
 def _beside(folder: Path, name: str) -> Iterator[Path]:
@@ -189,14 +224,14 @@ def _budget(info: RunInfo, system: SystemSpec, layers: int, learned: TraceCalibr
 
 
 def comparisons(
-    folder: Path, groups: Iterable[Group], twin: Twin, advance: Callable[[], None] = lambda: None
-) -> Iterator[tuple[Comparison, str, float | None]]:
-    """Every group of measured runs in ``folder`` against its simulation, as :meth:`analysis.validation.Tables.of` wants
-    them: with the cache size in words, and the system's constant where the folder holds one."""
-    for group in groups:
+    folder: Path, groups: Sequence[Group], twin: Twin, advance: Callable[[], None] = lambda: None
+) -> Iterator[Judged]:
+    """Every group of measured runs in ``folder`` against its simulation, with the system's constant where the folder
+    holds one. Raises :class:`InputError` as :func:`workloads_of` does."""
+    for group, workload in zip(groups, workloads_of(groups), strict=True):
         runs = group.runs()
         outcome = compare(runs[0], twin.simulate(group.info), repeats=runs[1:])
-        yield outcome, group.cache, constant_s(folder, group.system)
+        yield Judged(outcome, group.cache, workload, constant_s(folder, group.system))
         advance()
 
 

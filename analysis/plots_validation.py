@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.style import GRID, INK, MEASURED, MUTED, PAPER, SIMULATED, TEXT_PT, WIDE, axes, legend
+from analysis.validation import named
 
 SMALL = TEXT_PT - 1
 MARKERS = "osD^vPX<>*hd"
@@ -81,7 +82,7 @@ def ranking(rows: pd.DataFrame) -> Figure:
     ax.plot(ordered.simulated_ms, place, "D", color=SIMULATED, markersize=4, label="simulated", zorder=3)
     several = rows.model.nunique() > 1
     names = [
-        f"{row.system} at {row.cache}" + (f", {row.model}" if several else "")
+        f"{row.system} at {named(row.cache, row.workload)}" + (f", {row.model}" if several else "")
         for row in ordered.itertuples(index=False)
     ]
     ax.set_yticks(place, names)

@@ -247,8 +247,12 @@ def _told_leads(stretches: Sequence[Lead], picture: Shown) -> list[str]:
 
 def _notes(notes: pd.Series[str]) -> list[str]:
     """What the runs' own notes say, and of how many points; notes that differ in their numbers are one."""
-    counts = Counter(NUMBER.sub("\N{HORIZONTAL ELLIPSIS}", note) for one in notes for note in one.split("; ") if note)
-    told = [f"{count:,} of {len(notes):,} points: {note}" for note, count in counts.most_common(MOST_REASONS)]
+    counts, first = Counter[str](), dict[str, str]()
+    for note in (note for one in notes for note in one.split("; ") if note):
+        merged = NUMBER.sub("\N{HORIZONTAL ELLIPSIS}", note)
+        counts[merged] += 1
+        first[merged] = note if first.setdefault(merged, note) == note else merged
+    told = [f"{count:,} of {len(notes):,} points: {first[note]}" for note, count in counts.most_common(MOST_REASONS)]
     more = len(counts) - MOST_REASONS
     return [*told, *([f"and {more} more notes, in the table"] if more > 0 else [])]
 

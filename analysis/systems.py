@@ -20,11 +20,12 @@ from analysis.metrics import busy_within, ratio, waits
 from analysis.systems_table import systems_table, verdicts
 from analysis.uncertainty import Resampled, caveat
 from sim.busy import busy_s
-from sim.groups import group_rows
+from sim.costs import Costs
+from sim.groups import decode_by_group
 from sim.presets import Preset
 from sim.results import RunResult
 from traces.errors import InputError
-from traces.schema import Array, Phase
+from traces.schema import Phase
 
 if TYPE_CHECKING:  # the engine is imported with it
     from sim.bounds import Bounds
@@ -40,10 +41,11 @@ COMPONENTS = ("dense", "GPU experts", "CPU wait", "transfer wait", "host", "head
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One system's run, and the bounds of its budget."""
+    """One system's run, the costs that it ran at, and the bounds of its budget."""
 
     preset: Preset
     run: RunResult
+    costs: Costs
     bounds: Bounds | None = None
 
     @property
@@ -119,7 +121,7 @@ def _record(entry: Entry) -> dict[str, Any]:
     steps = step_frame(run)
     decode = steps[steps["phase"] == Phase.DECODE]
     seconds, tokens = float(decode["latency_s"].sum()), int(decode["tokens"].sum())
-    busy = _busy(run, decode)
+    busy = _busy(entry, decode)
     known = {name: share for name, share in busy.items() if share is not None}
     bound_s = math.nan if entry.bounds is None else entry.bounds.decode.seconds
     figures = run.headline()
@@ -142,6 +144,7 @@ def _record(entry: Entry) -> dict[str, Any]:
         "bound_token_s": ratio(bound_s, tokens),
         "bound_by": None if entry.bounds is None else entry.bounds.decode.binding,
         "bound_with_dense_on_cpu": None if entry.bounds is None else entry.bounds.dense_follows,
+        "bound_with_deferral": None if entry.bounds is None else entry.preset.system.deferral > 0,
         "regret": ratio(seconds, bound_s) - 1.0,
         "prefill_regret": _prefill_regret(entry, steps),
     }
@@ -171,8 +174,9 @@ def _moved(run: RunResult, decode: pd.DataFrame) -> tuple[float, float]:
     return float(sums.get("copy", 0)), float(sums.get("evict", 0))
 
 
-def _busy(run: RunResult, decode: pd.DataFrame) -> dict[str, float | None]:
+def _busy(entry: Entry, decode: pd.DataFrame) -> dict[str, float | None]:
     """Share of the decode time in which each resource worked; None where it was not recorded."""
+    run = entry.run
     seconds = float(decode["latency_s"].sum())
     if not seconds:
         return {}
@@ -181,7 +185,7 @@ def _busy(run: RunResult, decode: pd.DataFrame) -> dict[str, float | None]:
         spans = decode[["start_s", "end_s"]].to_numpy(float)
         return {"gpu": 0.0, "cpu": 0.0, "link": 0.0, **busy_within(run.events, spans), "host": host}
     layers = run.layers[run.layers["phase"] == Phase.DECODE]
-    worked_s = busy_s(run, layers, float(decode["head_s"].sum()))
+    worked_s = busy_s(run, layers, run.tokens[run.tokens["phase"] == Phase.DECODE], entry.costs)
     return {**{name: None if s is None else s / seconds for name, s in worked_s.items()}, "host": host}
 
 
@@ -196,7 +200,7 @@ def _components(run: RunResult, decode: pd.DataFrame) -> dict[str, float]:
 
 def _compare(entries: Sequence[Entry], records: Sequence[dict[str, Any]], rng: np.random.Generator) -> None:
     """Adds intervals over sequences to the records, and paired differences to the best system."""
-    seconds, tokens = by_group([entry.run for entry in entries])
+    seconds, tokens = decode_by_group([entry.run for entry in entries])
     found = Resampled.of(seconds, tokens, rng=rng)
     fair = [place for place, entry in enumerate(entries) if entry.role == SYSTEM]
     decoded = [place for place in fair if records[place]["decode_tokens"]]
@@ -215,18 +219,6 @@ def _compare(entries: Sequence[Entry], records: Sequence[dict[str, Any]], rng: n
             "groups": found.sequences,
             "caveat": caveat(found.sequences),
         }
-
-
-def by_group(runs: Sequence[RunResult]) -> tuple[Array, Array]:
-    """Decode seconds float64 [runs, G] and decode tokens [G] of the groups of :func:`sim.groups.group_rows`."""
-    rows = pd.concat([run.tokens.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
-    rows["group"] = group_rows(rows)
-    decode = rows[rows["phase"] == Phase.DECODE]
-    steps = decode.drop_duplicates(["run", "step"])
-    seconds = np.zeros((len(runs), int(rows["group"].max()) + 1 if len(rows) else 0))
-    np.add.at(seconds, (steps["run"], steps["group"]), steps["end_s"] - steps["start_s"])
-    first = decode[decode["run"] == 0]
-    return seconds, np.bincount(first["group"], weights=first["tokens"], minlength=seconds.shape[1])
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,11 @@ from analysis import text
 
 SHOWN = ("gpu", "cpu", "link")
 """Resources that have a column whether or not they were busy."""
+BEYOND = {
+    "bound_with_dense_on_cpu": "dense work on the CPU",
+    "bound_with_deferral": "experts that join the next layer",
+}
+"""What sets a bound below that of most systems: fields of a record, in words."""
 LEAST_BUSY = 0.01
 """Share of the time from which on another resource has one."""
 
@@ -102,9 +107,15 @@ def verdicts(records: Sequence[dict[str, Any]]) -> list[str]:
 def _memory(records: Sequence[dict[str, Any]]) -> str:
     """What every system was given, and who stands outside, or uses less."""
     given = [one for one in records if one["role"] != "no limit" and one["fills_budget"]]
-    others = [f"{one['system']} holds {one['resident_experts']:,}" for one in records if one not in given]
     if not given:
         return ""
+    experts, size = given[0]["resident_experts"], given[0]["gpu_bytes"]
+    others = [
+        f"{one['system']} holds {one['resident_experts']:,}"
+        + (f" in {text.binary_bytes(one['gpu_bytes'])}" if one["resident_experts"] == experts else "")
+        for one in records
+        if (one["resident_experts"], one["gpu_bytes"]) != (experts, size)
+    ]
     line = (
         f"equal for all: {text.binary_bytes(given[0]['gpu_bytes'])} of GPU memory, {given[0]['resident_experts']:,} "
         "experts resident"
@@ -126,16 +137,20 @@ def _best(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _bound(records: Sequence[dict[str, Any]]) -> str:
-    """The bound of what competes, and that of systems that take dense work to the CPU; the ceiling has its own."""
-    found = [one for one in records if one["role"] != "no limit" and one["bound_token_s"] is not None]
-    told = {one["bound_with_dense_on_cpu"]: f"{text.number(_ms(one['bound_token_s']))} ms a token" for one in found}
-    if not told:
+    """The bound of what competes, by what its systems may do beyond the others; the ceiling has its own."""
+    least: dict[str, dict[str, Any]] = {}
+    for one in records:
+        if one["role"] == "no limit" or one["bound_token_s"] is None:
+            continue
+        kind = " and ".join(words for field, words in BEYOND.items() if one[field])
+        least[kind] = min(least.get(kind, one), one, key=lambda record: float(record["bound_token_s"]))
+    if not least:
         return ""
-    by = {one["bound_with_dense_on_cpu"]: one["bound_by"] for one in found}
-    first = min(told)
-    why = "copies" if by[first] == "link" else "host, GPU and CPU"
-    line = f"no system can take less than {told[first]} here, for its {why}"
-    return f"{line}; with dense work on the CPU, {told[True]}" if len(told) > 1 else line
+    told = {kind: f"{text.number(_ms(one['bound_token_s']))} ms a token" for kind, one in sorted(least.items())}
+    first, *others = told
+    why = "copies" if least[first]["bound_by"] == "link" else "host, GPU and CPU"
+    line = f"no system {f'with {first} ' if first else ''}can take less than {told[first]} here, for its {why}"
+    return "; ".join([line, *(f"with {kind}, {told[kind]}" for kind in others)])
 
 
 def _number(value: float | None) -> float:

@@ -1,6 +1,7 @@
 """Judging measured runs against their simulation, over many systems and cache sizes: tables, and figures from them.
 
-A point is one system at one cache size on one model. The figures are computed from the tables alone, so that anybody
+A point is one system at one cache size on one model, and where several traces or batches were measured, on one of them.
+The figures are computed from the tables alone, so that anybody
 can compute them again; ``docs/validation.md`` and ``docs/metrics.md`` define each one.
 """
 
@@ -11,15 +12,39 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from analysis import metrics
 from analysis.compare import Comparison
 
-POINT = ["model", "system", "cache"]
-"""What names a point in every table."""
+POINT = ["model", "system", "cache", "workload"]
+"""What names a point in every table; ``workload`` is empty where a folder of runs holds one only."""
+
+WORDS = {"workload": str}
+"""Columns that may hold nothing but empty words."""
+
+ORDERED = ["model", "workload"]
+"""Points are put in order of their times where these are equal."""
+
+
+class Judged(NamedTuple):
+    """One point: measured runs against their simulation, with the names that :data:`POINT` has for cache and workload.
+
+    ``constant_s`` is the system's constant in seconds a decode token, where there is one.
+    """
+
+    comparison: Comparison
+    cache: str
+    workload: str = ""
+    constant_s: float | None = None
+
+    @property
+    def place(self) -> dict[str, str]:
+        """By :data:`POINT`, what names this one."""
+        names = (self.comparison.measured.model, self.comparison.label, self.cache, self.workload)
+        return dict(zip(POINT, names, strict=True))
 
 
 @dataclass(frozen=True)
@@ -31,13 +56,13 @@ class Tables:
     components: pd.DataFrame
 
     @classmethod
-    def of(cls, judged: Iterable[tuple[Comparison, str, float | None]]) -> Tables:
-        """From comparisons, each with its cache size in words and its system's constant in seconds, if there is one."""
+    def of(cls, judged: Iterable[Judged]) -> Tables:
+        """From points that differ in their names."""
         points, tokens, components = [], [], []
-        for comparison, cache, constant_s in judged:
-            place = dict(zip(POINT, (comparison.measured.model, comparison.label, cache), strict=True))
+        for one in judged:
+            comparison, place = one.comparison, one.place
             points.append({**place, **_point(comparison)})
-            own = comparison.tokens.assign(**place, constant_s=math.nan if constant_s is None else constant_s)
+            own = comparison.tokens.assign(**place, constant_s=math.nan if one.constant_s is None else one.constant_s)
             tokens.append(own[[*POINT, *(name for name in own if name not in POINT)]])
             components += [{**place, **asdict(part)} for part in comparison.components]
         return cls(pd.DataFrame(points), pd.concat(tokens, ignore_index=True), pd.DataFrame(components))
@@ -50,13 +75,23 @@ class Tables:
 
     @classmethod
     def load(cls, folder: Path) -> Tables:
-        """Reads what :meth:`save` wrote."""
-        points, components = (pd.read_csv(folder / f"{name}.csv") for name in ("points", "components"))
-        return cls(points, pd.read_parquet(folder / "tokens.parquet"), components)
+        """Reads what :meth:`save` wrote; tables without a column ``workload`` are of one."""
+        points, components = (pd.read_csv(folder / f"{name}.csv", dtype=WORDS) for name in ("points", "components"))
+        tables = (points, pd.read_parquet(folder / "tokens.parquet"), components)
+        return cls(*(_with_workload(table) for table in tables))
 
     def of_model(self, model: str) -> Tables:
         """The rows of one model."""
         return Tables(*(table[table.model == model].reset_index(drop=True) for table in vars(self).values()))
+
+
+def _with_workload(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(workload=table["workload"].fillna("") if "workload" in table else "")
+
+
+def named(cache: str, workload: str) -> str:
+    """A cache size and a workload as a person reads them in one place."""
+    return f"{cache}, {workload}" if workload else cache
 
 
 def _point(comparison: Comparison) -> dict[str, Any]:
@@ -79,7 +114,7 @@ def _point(comparison: Comparison) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Order:
-    """Two systems of one model change places between two cache sizes, as measured, beyond the noise.
+    """Two systems on one model and workload change places between two cache sizes, as measured, beyond the noise.
 
     ``simulated`` says how the simulator orders them there: "the same", or what it has instead.
     """
@@ -101,7 +136,7 @@ def figures(tables: Tables) -> dict[str, Any]:
         "models": {model: overall(tables.of_model(model)) for model in models} if len(models) > 1 else {},
         "components": component_errors(tables.components),
         "points": rows.to_dict("records"),
-        "crossovers": [asdict(one) for model in models for one in orders(rows[rows.model == model])],
+        "crossovers": [asdict(one) for _, own in rows.groupby(ORDERED, sort=False) for one in orders(own)],
     }
 
 
@@ -113,7 +148,7 @@ def overall(tables: Tables) -> dict[str, Any]:
     noise = float(rows.noise.median())
     taus = [
         (metrics.kendall_tau(own.measured_ms, own.simulated_ms, noise), len(own) * (len(own) - 1) // 2)
-        for _, own in rows.groupby("model", sort=False)
+        for _, own in rows.groupby(ORDERED, sort=False)
     ]
     error = asdict(metrics.summarise_errors(measured, simulated))
     return {
@@ -180,8 +215,9 @@ def component_errors(components: pd.DataFrame) -> list[dict[str, Any]]:
 def orders(rows: pd.DataFrame) -> list[Order]:
     """Every change of places of two systems with a growing cache, measured beyond the noise, and what is simulated.
 
-    ``rows`` are those of one model. Between two cache sizes at which the measured times of both differ by more than the
-    noise (its median over the points), in opposite directions, and between which they do not, the order has changed.
+    ``rows`` are those of one model and workload. Between two cache sizes at which the measured times of both differ by
+    more than the noise (its median over the points), in opposite directions, and between which they do not, the order
+    has changed.
     """
     noise, found = float(rows.noise.median()), []
     caches = sorted(dict.fromkeys(rows.cache), key=_share)
@@ -197,7 +233,8 @@ def orders(rows: pd.DataFrame) -> list[Order]:
             first, last = (_sign(times["simulated"], cache, below, above, 0.0) for cache in (low, high))
             known = {(-1, 1): "the same", (-1, -1): f"{below} at both", (1, 1): f"{above} at both", (1, -1): "reversed"}
             words = known.get((first, last), "equal at one")
-            found.append(Order(str(rows.model.iloc[0]), below, above, low, high, words))
+            model, workload = str(rows.model.iloc[0]), str(rows.workload.iloc[0])
+            found.append(Order(model, below, above, named(low, workload), named(high, workload), words))
     return found
 
 

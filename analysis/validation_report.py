@@ -13,16 +13,11 @@ from rich.table import Table
 
 from analysis import plots_validation as plots
 from analysis import text
+from analysis.bars import BARS, SHARES, asked, holds
 from analysis.figures import FigureEntry
 from analysis.report import MOST_NOISE
 from analysis.svg import inline_svg
-from analysis.validation import Tables, rows_of
-
-BARS: dict[str, dict[str, float]] = {
-    "cpu": {"median": 0.10, "p90": 0.20, "skill": 0.7, "kendall_tau": 0.9},
-    "gpu": {"median": 0.05, "p90": 0.15, "skill": 0.5, "kendall_tau": 0.95},
-}
-"""What the project asks of the simulator, on the CPU in the GPU's role and on a GPU."""
+from analysis.validation import Tables, named, rows_of
 
 POINT_HEAD = ("model", "system", "cache", "measured ms", "simulated ms", "median error", "bias", "noise", "counts")
 COMPONENT_HEAD = ("component", "measured ms", "simulated ms", "of the token", "absolute")
@@ -93,15 +88,11 @@ def cards(outcome: Outcome) -> list[Card]:
     made = []
     for name, bar in bars.items():
         value = found[name]
-        share = name in ("median", "p90")
-        holds = value >= bar if name == "kendall_tau" else value <= bar
-        style, word = ("good", "holds") if holds else ("bad", "misses")
+        shown = PERCENT if name in SHARES else text.number
+        style, word = ("good", "holds") if holds(name, value, bar) else ("bad", "misses")
         if not math.isfinite(value):
             style, word = "neutral", "not known;"
-        told = (
-            f"{word} {'at least' if name == 'kendall_tau' else 'at most'} {PERCENT(bar) if share else text.number(bar)}"
-        )
-        made.append(Card(names[name], PERCENT(value) if share else text.number(value), style, told, notes[name]))
+        made.append(Card(names[name], shown(value), style, f"{word} {asked(name, shown(bar))}", notes[name]))
     return made
 
 
@@ -111,7 +102,7 @@ def point_rows(outcome: Outcome) -> list[tuple[str, ...]]:
         (
             row["model"],
             row["system"],
-            row["cache"],
+            named(row["cache"], row["workload"]),
             text.number(row["measured_ms"]),
             text.number(row["simulated_ms"]),
             PERCENT(row["median_error"]),

@@ -6,7 +6,8 @@ The routing is uniform, which no cache helps. *Link*: bytes copied over the seco
 bandwidth that calibration found for one expert: in a long prompt, which is bound by misses, and in decoding, where the
 link also waits for routers and dense layers when nothing is prefetched; and over the seconds in which copies were under
 way. *Python*: what our own code takes in a layer of a decode token, from the router's hook to the return. *Memory*:
-the most that torch allocated on the GPU against the plan, and the most of the process on the host against its weights.
+the most that torch allocated on the GPU against the plan, beside what it reserved and what is in use there beyond that
+(the context, and other processes); and the most of the process on the host against its weights.
 
 Without ``--profile`` the machine is calibrated first, and ``--keep-profile`` keeps what was found.
 """
@@ -179,7 +180,7 @@ def memory(one: Measured) -> dict[str, Any]:
     return {**told, **peaks, "allocated_over_planned": taken}
 
 
-_GPU_PEAKS = ("device_allocated_bytes", "device_reserved_bytes")
+_GPU_PEAKS = ("device_allocated_bytes", "device_reserved_bytes", "device_context_bytes")
 
 
 def host(measured: Sequence[Measured], chosen: Subject) -> dict[str, float]:
@@ -194,13 +195,14 @@ def show(figures: dict[str, Any]) -> None:
     """The figures that ``--out`` keeps, as tables."""
     console, shares = Console(highlight=False), figures["link_share"]
     table = Table(title=f"{figures['model']} in {figures['dtype']} on {figures['device']}")
-    for column in ("system", "cache", "Python us a layer", "p90", "planned GB", "allocated GB", "over plan"):
+    gigabytes = ("planned GB", "allocated GB", "reserved GB", "context GB")
+    for column in ("system", "cache", "Python us a layer", "p90", *gigabytes, "over plan"):
         table.add_column(column, justify="left" if column in ("system", "cache") else "right")
     for row in figures["memory"]:
         python, over = figures["python_us"][f"{row['system']} {row['cache']}"], row["allocated_over_planned"]
         table.add_row(
             row["system"], row["cache"], f"{python['median']:.0f}", f"{python['p90']:.0f}",
-            f"{row['planned_bytes'] / 1e9:.3f}", f"{row['device_allocated_bytes'] / 1e9:.3f}",
+            *(f"{row[name] / 1e9:.3f}" for name in ("planned_bytes", *_GPU_PEAKS)),
             "-" if over is None else f"{over:.1%}",
         )  # fmt: skip
     console.print(table)

@@ -295,7 +295,7 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Checks the machine, runs the steps, and leaves at most eight files."""
+    """Checks the machine, runs the steps, and leaves at most six files."""
     given = options()
     parts = [*MODELS] if given.part == "all" else [given.part]
     begun_s = time.monotonic()

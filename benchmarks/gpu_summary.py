@@ -1,23 +1,25 @@
 """The summary of the suite of the GPU: what its steps left, beside what the project asks of it.
 
-Imports nothing but the standard library, as the suite itself.
+Imports nothing beyond the standard library but the bars, which need nothing else, as the suite itself.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-BARS: dict[str, tuple[str, Callable[[float], bool], str]] = {
-    "median": ("median error of a token", lambda value: value <= 0.05, "at most 5 %"),
-    "p90": ("90th percentile of the error", lambda value: value <= 0.15, "at most 15 %"),
-    "skill": ("skill", lambda value: value <= 0.5, "at most 0.5"),
-    "kendall_tau": ("Kendall's tau", lambda value: value >= 0.95, "at least 0.95"),
+from analysis.bars import BARS, SHARES, asked, holds
+
+LABELS = {
+    "median": "median error of a token",
+    "p90": "90th percentile of the error",
+    "skill": "skill",
+    "kendall_tau": "Kendall's tau",
 }
-"""Figures of a validation by their key: what they are called, and what a GPU is asked for."""
+"""Figures of a validation by their key, as they are called."""
 LINK, PYTHON_US, MEMORY, HOST = 0.9, 150.0, 0.02, 1.1
 
 
@@ -72,10 +74,11 @@ def _rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _validation(model: str, found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     overall = found.get("overall", found)
-    for key, (label, good, asked) in BARS.items():
+    for key, bar in BARS["gpu"].items():
         value = overall.get(key)
         if isinstance(value, int | float):
-            yield model, label, f"{value:.3f}", asked, _verdict(good(value))
+            words = asked(key, f"{100 * bar:g} %" if key in SHARES else f"{bar:g}")
+            yield model, LABELS[key], f"{value:.3f}", words, _verdict(holds(key, value, bar))
 
 
 def _limits(model: str, found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -94,6 +97,10 @@ def _limits(model: str, found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         if over is not None:
             label = f"allocated over planned, {one['system']} {one['cache']}"
             yield model, label, f"{over:.1%}", "within 2 %", _verdict(abs(over - 1) <= MEMORY)
+        if one.get("device_reserved_bytes"):
+            names = ("allocated", "reserved", "context")  # older figures have no context
+            sizes = (f"{name} {one[key] / 1e9:.3f}" for name in names if (key := f"device_{name}_bytes") in one)
+            yield model, f"GPU memory in GB, {one['system']} {one['cache']}", ", ".join(sizes), "", ""
     host = found["host"]["resident_over_weights"]
     if found["host"]["weights_bytes"] > 10**9:  # of smaller models the program itself takes more
         yield model, "host memory over weights", f"{host:.1%}", f"at most {HOST:.0%}", _verdict(host <= HOST)

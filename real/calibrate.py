@@ -97,7 +97,7 @@ def calibrate(
         lookahead_s=lookahead_s,
         slowdowns=slowdowns,
         planning=deciding,
-        notes=tuple(_notes(slowdowns)),
+        notes=(*machine.store.notes, *_notes(slowdowns)),
         token_s=float(np.mean([fit.token_s(runs[turn]) for turn, plan in enumerate(PLANS) if plan.lanes == 1])),
     )
 

@@ -107,6 +107,7 @@ _TAKEN = {
     "host_resident_bytes": "on the host, the program included",
     "device_allocated_bytes": "on the device",
     "device_reserved_bytes": "reserved there",
+    "device_context_bytes": "in use there beyond that (context, other processes)",
 }
 
 

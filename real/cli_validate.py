@@ -59,7 +59,7 @@ def validate(
     calibration: Annotated[str, typer.Option(help="Another recording, for systems that are fitted to one.")] = "code",
     time_limit: Annotated[
         str | None,
-        typer.Option(help="Stop before this time (30m), and judge what is there; call again to go on."),
+        typer.Option(help="Stop before this time (30m), and judge what is there; begin nothing that would not fit."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of random weights and of synthetic routing.")] = 0,
     archive: Annotated[Path | None, typer.Option(help="Also write the whole folder as one .tar.gz file.")] = None,
@@ -94,6 +94,8 @@ def validate(
             say=lambda text: bar.update(task, description=text),
             advance=lambda: bar.advance(task),
         )
+    for note in progress.notes:
+        console.print(f"time-limit: {note}", style="dim", soft_wrap=True)
     return Measured(out, progress.missing, progress.done, progress.total, archive, as_json)
 
 

@@ -147,7 +147,7 @@ def decode(
             outcome = generate(loaded.model, ids, mask, **ends, sampler=sampler, hooks=hooks, stream=stream)
             tokens.extend(outcome.tokens)
     trace = collector.finish(**header)
-    return _result(machine, executor, controller, lock_step(trace, batch)), trace, tokens
+    return _result(machine, executor, controller, lock_step(trace, batch), scored=True), trace, tokens
 
 
 def replay(
@@ -263,10 +263,22 @@ def _controller(
     return OffloadController(system, shape, budget, predicted_of(costs, shape.expert_bytes), None, calibration)
 
 
-def _result(machine: Machine, executor: Executor, controller: OffloadController, workload: Workload) -> RunResult:
+def _result(
+    machine: Machine,
+    executor: Executor,
+    controller: OffloadController,
+    workload: Workload,
+    *,
+    scored: bool | None = None,
+) -> RunResult:
+    """The run; ``scored`` as in :func:`sim.run.run_info`: while prompts are decoded the routers' own scores are there,
+    whatever is recorded."""
     packages = ("numpy", "torch", "transformers")
-    info = run_info("measured", workload, controller, hardware=machine.hardware, packages=packages)
-    seen = {"peak": peak(machine.device.torch_device), "notes": [*info.notes, *executor.notes]}
+    info = run_info("measured", workload, controller, hardware=machine.hardware, packages=packages, scored=scored)
+    seen = {
+        "peak": peak(machine.device.torch_device),
+        "notes": [*info.notes, *executor.notes, *machine.store.notes],
+    }
     return _from_zero(executor.log.result(info.model_copy(update=seen)))
 
 

@@ -83,10 +83,24 @@ class Limits:
         plan = MemoryPlan.of(spec, budget, scope=scope, lanes=size.lanes, context=context, workspace_bytes=workspace)
         return budget, plan
 
-    def doubts(self, system: SystemSpec) -> list[str]:
+    def costs(self, spec: ModelSpec) -> Costs:
+        """What policies that weigh costs are told; raises :class:`InputError` for a profile of another model or device.
+
+        A result names them, whether its policies asked or not.
+        """
+        costs = predicted_costs(spec, self.profile)
+        if isinstance(costs, ProfileCosts):
+            measured, device = costs.profile.device, "cuda" if on_gpu(self._device) else "cpu"
+            if measured != device:
+                raise InputError(f"profile must be measured on the device of the run, {device}, got one of {measured}")
+        return costs
+
+    def doubts(self, system: SystemSpec, costs: Costs) -> list[str]:
         """What has to be told of the costs that the system's policies weighed."""
+        if isinstance(costs, ProfileCosts):
+            return _other_machine(costs.profile)
         weighs = system.place not in ("fetch", "cpu-on-miss", "static") or system.prefetch == "impact"
-        if self.profile is not None or not weighs:
+        if not weighs:
             return []
         machine = catalogue.REFERENCE_MACHINE
         return [f"policies weighed the costs of {machine}, not of this machine (give --profile for its own)"]
@@ -161,6 +175,7 @@ class TraceJob:
         several systems, those that cannot run are left out, unless none can.
         """
         _check_dimensions(self._trace, spec)
+        self._limits.costs(spec)
         workload, context = workload_of(self._trace, spec, self._limits.batch)
         size = Size.of(workload, context)
 
@@ -197,7 +212,7 @@ class TraceJob:
         trace = routable(self._trace, machine.loaded.encoder_layers)
         told = [] if trace is self._trace else [LEFT_OUT]
         workload, context = workload_of(trace, spec, limits.batch)
-        costs, size = predicted_costs(spec, limits.profile), Size.of(workload, context)
+        costs, size = limits.costs(spec), Size.of(workload, context)
         runs: list[list[RunResult]] = [[] for _ in self._systems]
         with bar("replaying", self._repeats * len(self._systems) * len(workload)) as advance:
             for _ in range(self._repeats):
@@ -207,7 +222,7 @@ class TraceJob:
                     run = replay(
                         machine, workload, system, budget, costs, calibration=limits.calibration, progress=advance
                     )
-                    done.append(_noted(run, plan, [*told, *notes, *limits.doubts(system)]))
+                    done.append(_noted(run, plan, costs, [*told, *notes, *limits.doubts(system, costs)]))
         return runs, workload.trace
 
 
@@ -227,6 +242,7 @@ class PromptJob:
 
         Raises :class:`InputError` for a limit that does not even fit these.
         """
+        self._limits.costs(spec)
         self._plan = self._limits.budget(self._preset, spec, self._size([[0]]))[1]
         self._sampler = self._generation.sampler()
         return self._plan
@@ -245,13 +261,14 @@ class PromptJob:
         check_positions(machine.loaded, encoded, generation.max_new_tokens)
         system, notes = limits.fitted(self._preset)
         budget, plan = limits.budget(self._preset, machine.loaded.spec, self._size(encoded))
+        costs, told = limits.costs(machine.loaded.spec), [_recording(generation)]
         with self._shown(machine, encoded) as shown:
             run, trace, new = decode_prompts(
                 machine,
                 encoded,
                 system,
                 budget,
-                predicted_costs(machine.loaded.spec, limits.profile),
+                costs,
                 calibration=limits.calibration,
                 batch=limits.batch,
                 max_new_tokens=generation.max_new_tokens,
@@ -270,7 +287,7 @@ class PromptJob:
                 show(index)
                 typer.echo(text, nl=False)
             typer.echo()
-        return [[_noted(run, plan, [*notes, *limits.doubts(system), *cut])]], trace
+        return [[_noted(run, plan, costs, [*notes, *limits.doubts(system, costs), *cut, *told])]], trace
 
     def _size(self, encoded: Sequence[Sequence[int]]) -> Size:
         longest = max(map(len, encoded))
@@ -290,10 +307,30 @@ class PromptJob:
             typer.echo()  # what follows, an error included, gets a line of its own
 
 
-def _noted(run: RunResult, plan: MemoryPlan, notes: list[str]) -> RunResult:
-    changed = {"notes": [*notes, *run.info.notes], "memory": plan.model_dump()}
+def _noted(run: RunResult, plan: MemoryPlan, costs: Costs, notes: list[str]) -> RunResult:
+    changed = {"notes": [*notes, *run.info.notes], "memory": plan.model_dump(), "costs": costs.name}
     run.info = run.info.model_copy(update=changed)
     return run
+
+
+def _recording(generation: Generation) -> str:
+    """What is taken down while prompts are continued; the experts always are, as they are what the run has run."""
+    parts = "experts, weights, scores and look-ahead" if generation.full_trace else "experts and weights"
+    return f"routing was recorded ({parts}), which is a part of the dense layers' time"
+
+
+def _other_machine(profile: Profile) -> list[str]:
+    """What a profile was measured on, where that is not this machine."""
+    from real.calibrate import describe_machine
+
+    here = describe_machine()
+    parts = ("processor", "gpu") if profile.device == "cuda" else ("processor",)
+    return [
+        f"the profile was measured with the {part} {profile.machine.get(part, 'unknown')}, not this machine's "
+        f"{here.get(part, 'unknown')}"
+        for part in parts
+        if profile.machine.get(part) != here.get(part)
+    ]
 
 
 def _check_dimensions(trace: Trace, spec: ModelSpec) -> None:

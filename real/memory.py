@@ -36,9 +36,9 @@ def workspace_bytes(spec: ModelSpec, *, lanes: int, rows: int, context: int, gpu
     """The most that a forward pass over ``rows`` tokens, padding included, holds beside the KV cache of its lanes.
 
     Counted are one MoE layer, with the rows gathered for its experts and what these give, and an expert that is kept
-    quantised as it is computed with; one layer's attention and its dense or shared part; the logits of the last tokens;
-    one layer's KV cache, twice while it grows; and cuBLAS. The parts do not all peak together, so that this is an upper
-    bound for the kernels that torch chooses for long prompts.
+    quantised as it is computed with; one layer's attention over the whole context (:func:`attention_bytes`) and its
+    dense or shared part; the logits of the last tokens; one layer's KV cache, twice while it grows; and cuBLAS. The
+    parts do not all peak together, so that this is an upper bound.
     """
     element, routed = spec.bytes_per_element, rows * spec.top_k
     experts = routed * spec.hidden * (4 * element + 4) + rows * 4 * spec.expert_width * element
@@ -47,7 +47,34 @@ def workspace_bytes(spec: ModelSpec, *, lanes: int, rows: int, context: int, gpu
     logits = lanes * spec.vocab * (element + 4)
     growing = lanes * context * spec.kv_bytes_per_token / spec.layers
     unpacked = 2 * spec.expert_elements * element if spec.expert_bits < 8 * element else 0
+    attention += attention_bytes(spec, lanes=lanes, rows=rows, context=context, gpu=gpu)
     return int(experts + unpacked + attention + dense + logits + growing) + (CUBLAS_BYTES if gpu else 0)
+
+
+def attention_bytes(spec: ModelSpec, *, lanes: int, rows: int, context: int, gpu: bool) -> float:
+    """The most that one layer's attention makes of the KV cache of ``lanes * context`` tokens, which is C here.
+
+    - The mask: 8 bytes by ``rows * context``.
+    - Keys and values of all heads, where fewer are cached: ``2 * C * heads * head_dim`` elements. Latent ones are
+      expanded in every step: ``3.5 * C * heads * head_dim``, as the rotary part is half a head, and the joint product
+      is held beside the keys.
+    - What torch's plain kernel copies, in fp32: of latent keys and values, as both are not equally wide, on the CPU
+      ``4 * C * heads * head_dim``; of grouped ones in fp32 on a GPU ``4 * C * heads * head_dim``.
+    - Scores, ``rows * heads * context``, where no fused kernel is used: 3 times in fp32 with the plain kernel, 4 times
+      with the attention that transformers has for sinks (GPT-OSS), 6 times in fp32 with relative positions (Switch).
+    """
+    element, wide = spec.bytes_per_element, lanes * context * spec.heads * spec.head_dim
+    scores, mask = rows * context * spec.heads, 8.0 * rows * context
+    if spec.expert_matrices == 2:
+        return mask + 6 * 4 * scores
+    repeated = 2 * wide * element if spec.kv_heads < spec.heads else 0.0
+    if spec.expert_biases:
+        return mask + repeated + 4 * element * scores
+    if spec.kv_elements:
+        repeated, plain = 3.5 * wide * element, not gpu
+    else:
+        plain = gpu and element == 4 and spec.kv_heads < spec.heads
+    return mask + repeated + (4 * (4 * wide + 3 * scores) if plain else 0)
 
 
 def check_room(spec: ModelSpec, plan: MemoryPlan, *, gpu: bool) -> None:
@@ -116,13 +143,18 @@ def begin_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> dict[str, int]:
-    """The most memory that was taken, in bytes: of the process on the host since it began, of the GPU by torch."""
+    """The most memory that was taken, in bytes: of the process on the host since it began, of the GPU by torch.
+
+    What is in use on the GPU beyond what torch reserves, now, is its context, and whatever other processes hold there.
+    """
     taken = {"host_resident_bytes": _resident_bytes()}
     if device.type == "cuda":
         import torch
 
         taken["device_allocated_bytes"] = torch.cuda.max_memory_allocated()
         taken["device_reserved_bytes"] = torch.cuda.max_memory_reserved()
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        taken["device_context_bytes"] = max(0, total_bytes - free_bytes - torch.cuda.memory_reserved())
     return taken
 
 

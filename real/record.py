@@ -17,7 +17,7 @@ from torch import Tensor
 
 from real.generate import Sampler, generate, left_pad
 from real.models.load import DTYPES, LoadedModel, quiet
-from real.routing import MeanInputs, RouterCall, RouterTap, lookahead, router_scores
+from real.routing import LEAST_GATE, MeanInputs, RouterCall, RouterTap, lookahead, router_scores
 from traces import prompts as prompt_files
 from traces.errors import InputError
 from traces.prompts import Prompt
@@ -34,7 +34,7 @@ class Collector:
     Every prefill step begins new sequences, one a lane, numbered on in the order in which they come. Steps number the
     forward passes that the collector saw. Within a step rows are ordered by lane, then by position; within a row the
     experts by descending weight (equal weights: the lower expert first). A weight of exactly 0 is recorded as
-    ``NOT_ROUTED`` (see :class:`real.routing.Replay`).
+    ``NOT_ROUTED``; a positive one below what float16 holds as the least that it does.
     """
 
     def __init__(
@@ -210,13 +210,21 @@ def means_tensor(router_means: str, loaded: LoadedModel) -> Tensor | None:
 
 
 def encode(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of every prompt; raises :class:`InputError` for a model without tokenizer, or for no prompts."""
+    """Token ids of every prompt.
+
+    Raises :class:`InputError` for a model without tokenizer, for no prompts, and for a token that the model has not.
+    """
     if loaded.tokenizer is None:
         raise InputError(f"model must have a tokenizer to read prompts, got {loaded.spec.name!r} without one")
     if not prompts:
         raise InputError("prompts must be at least one, got none")
     with quiet():  # it warns of texts longer than the model's positions, also of those that are cut afterwards
-        return [list(loaded.tokenizer(prompt.text)["input_ids"]) for prompt in prompts]
+        encoded = [list(loaded.tokenizer(prompt.text)["input_ids"]) for prompt in prompts]
+    largest = max((max(tokens, default=0) for tokens in encoded), default=0)
+    if largest >= loaded.spec.vocab:
+        rule = f"have tokens below {loaded.spec.vocab}, the embeddings of model {loaded.spec.name}"
+        raise InputError(f"prompts must {rule}, got {largest} (is the tokenizer that of another model?)")
+    return encoded
 
 
 def check_positions(loaded: LoadedModel, encoded: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -262,8 +270,10 @@ class _Reporting:
 def _by_weight(
     ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float32]]:
-    """Ids and weights [N, k] by descending weight, equal weights by ascending id; weight 0 becomes NOT_ROUTED."""
+    """Ids and weights [N, k] by descending weight, equal weights by ascending id; weight 0 becomes NOT_ROUTED, and
+    positive ones stay so in float16."""
     order = np.lexsort((ids, -weights), axis=-1)
     gates = np.take_along_axis(weights, order, axis=-1)
+    gates = np.where(gates > 0, np.maximum(gates, np.float32(LEAST_GATE)), gates)
     chosen = np.where(gates == 0, NOT_ROUTED, np.take_along_axis(ids, order, axis=-1))
     return chosen.astype(np.uint16), gates

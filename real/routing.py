@@ -22,6 +22,9 @@ from real.models.load import LoadedModel
 from traces.errors import InputError
 from traces.schema import NOT_ROUTED, Phase, Trace
 
+LEAST_GATE = 2.0**-24
+"""The smallest positive number of float16, in which traces keep gates: what a smaller positive gate is kept as."""
+
 
 @dataclass
 class RouterCall:
@@ -82,7 +85,8 @@ class Replay:
     Before each forward pass :meth:`begin_step` is told which row of the trace each row of the pass is. The weights are
     the trace's gates, or, when it has none or ``own_gates`` is set, those that the family's rule gives the forced
     experts under this model's logits. Places without a choice (``NOT_ROUTED``, and rows that are not in the trace)
-    get expert 0 with weight 0: a weight of exactly 0 means "not routed" wherever routing is replayed.
+    get expert 0 with weight 0, which kernels take as "not routed". Whether a trace routes is told by its ids alone: a
+    chosen expert whose gate is 0, or became 0 in float16, gets the weight :data:`LEAST_GATE`.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class Replay:
         self._device = torch.device(device)
         self._rows_of = _rows_by_sequence(trace)
         self._ids = torch.empty(0)
-        self._routed = torch.empty(0)
+        self._absent = torch.empty(0)
         self._gates: Tensor | None = None
 
     def rows(self, sequences: Sequence[int], mask: Tensor, positions: Tensor) -> npt.NDArray[np.int64]:
@@ -123,7 +127,7 @@ class Replay:
         ids = self._trace.expert_ids[rows].astype(np.int64)  # [T, L, k]
         routed = (ids != NOT_ROUTED) & (rows >= 0)[:, None, None]
         self._ids = torch.from_numpy(np.where(routed, ids, 0)).to(self._device)
-        self._routed = torch.from_numpy(routed).to(self._device)
+        self._absent = torch.from_numpy(~routed).to(self._device)
         if self._recorded_gates is not None:
             self._gates = torch.from_numpy(self._recorded_gates[rows].astype(np.float32)).to(self._device)
 
@@ -131,9 +135,9 @@ class Replay:
         """The trace's choice for this layer; raises ValueError when the pass has other rows than were announced."""
         if len(self._ids) != len(call.ids):
             raise ValueError(f"replay was told of {len(self._ids)} rows, but the pass has {len(call.ids)}")
-        ids, routed = self._ids[:, call.layer], self._routed[:, call.layer]
+        ids, absent = self._ids[:, call.layer], self._absent[:, call.layer]
         weights = self._gates_of(call.logits, ids) if self._gates is None else self._gates[:, call.layer]
-        return weights.masked_fill(~routed, 0), ids
+        return weights.clamp_min(LEAST_GATE).masked_fill(absent, 0), ids
 
     def _rows_at(self, sequence: int, positions: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         if sequence not in self._rows_of:

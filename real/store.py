@@ -29,7 +29,7 @@ class HostStore:
     """All experts of a model in host memory, pinned when the device can use that.
 
     Takes the experts out of the model: its expert modules keep no weights, so that nothing is held twice. Each layer
-    is pinned by itself; from the first one that cannot be, the rest stays pageable (``pinned_bytes`` tells).
+    is pinned by itself; from the first one that cannot be, the rest stays pageable, which ``notes`` tell.
     """
 
     def __init__(
@@ -46,6 +46,8 @@ class HostStore:
         self.spec, self.dtype = spec, DTYPES[spec.dtype]
         self.packing = packing_of(loaded.family.form(loaded.config), self.dtype, loaded.quant)
         self.form = self.packing.form
+        self.notes: list[str] = []
+        """What has to be told of runs with these experts."""
         self._layers: list[Tensor] = []
         self._pinned: list[Tensor] = []
         weakref.finalize(self, _unpin, self._pinned)
@@ -60,6 +62,12 @@ class HostStore:
                 self._layers.append(packed)
                 if progress is not None:
                     progress()
+        if pin and self.pinned_bytes < self.bytes:
+            pageable = f"{(self.bytes - self.pinned_bytes) / 1e9:.1f} of {self.bytes / 1e9:.1f} GB of experts"
+            self.notes.append(
+                f"{pageable} are in pageable memory, as no more could be pinned: their copies are slower, and the host "
+                "takes part in them"
+            )
 
     def expert(self, layer: int, expert: int) -> Tensor:
         """The flat weights of one expert."""

@@ -5,14 +5,21 @@ The two routings are different recordings, and neither is what calibration runs:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from real.models.load import LoadedModel, dimensions, load, load_spec
 from real.models.names import SMALL_NAME
+from sim.presets import Preset
 from sim.spec import ModelSpec, catalogue
+from sim.systems import KINDS
 from sim.target import retarget
 from traces.edit import concat, slice_trace
 from traces.errors import InputError
@@ -126,3 +133,27 @@ def _routing(trace: Trace, spec: ModelSpec, lengths: tuple[int, int, int], seed:
     sizes |= {"layers": spec.moe_layers, "experts": spec.experts, "top_k": spec.top_k}
     made = generate(law, seed, Shape(**sizes, expert_bytes=spec.expert_bytes))
     return replace(made, header=made.header.model_copy(update={"model": spec.name}))
+
+
+def check_different(field: str, names: Iterable[str]) -> None:
+    """Raises :class:`InputError` for a name that comes twice, whatever was written to ask for it."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{field} must have different names, got {name} {count} times")
+
+
+def model_content(given: str, one: Subject) -> str:
+    """The model called ``given`` in one line, with a digest of its dimensions and of the routing it is run on."""
+    return f"model {given}: {_digest((one.spec.model_dump(mode='json'), one.judged.digest, one.learned.digest))}"
+
+
+def system_content(given: str, chosen: Preset) -> str:
+    """The system called ``given`` in one line, with a digest of it and of the files of Python with its policies."""
+    policies = [str(getattr(chosen.system, kind)) for kind in KINDS]
+    files = [Path(text.rpartition(":")[0]) for text in policies if ".py:" in text]
+    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return f"system {given}: {_digest((chosen.model_dump(mode='json'), code))}"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -10,9 +10,11 @@ import datetime
 import gc
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,9 +24,10 @@ import numpy as np
 
 from real.calibrate import calibrate, describe_machine
 from real.decode import Machine, replay
-from real.device import Device, open_device
+from real.device import open_device
+from real.estimates import Took
 from real.memory import workspace_bytes
-from real.subjects import Subject
+from real.subjects import Subject, check_different, model_content, system_content
 from sim.memory import MemoryPlan
 from sim.needs import check_needs, has_residuals
 from sim.presets import Preset, find_preset
@@ -40,7 +43,7 @@ from traces.workload import Workload, one_at_a_time
 if TYPE_CHECKING:
     from sim.replay.calibration import TraceCalibration
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 DEFAULT_SYSTEMS = (
     "on-demand",
     "mixtral-offloading",
@@ -61,7 +64,10 @@ JUDGING_S = 3.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the content of a validation; two calls with equal settings fill the same folder."""
+    """What decides the content of a validation; two calls with equal settings fill the same folder.
+
+    ``content`` tells, with a digest each, what the models and systems named are: :class:`Validation` fills it in.
+    """
 
     device: str
     models: tuple[str, ...]
@@ -75,6 +81,7 @@ class Settings:
     calibration: str
     seed: int = 0
     protocol: int = PROTOCOL_VERSION
+    content: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -84,11 +91,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a validation has come: pieces that are there, of all, and what is missing, by the model's name."""
+    """How far a validation has come: pieces that are there, of all, and what is missing, by the model's name.
+
+    ``notes`` says in words what a time limit left no room to begin.
+    """
 
     done: int
     total: int
     missing: dict[str, list[str]]
+    notes: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -109,12 +120,19 @@ class Validation:
     """A validation in the folder ``out``; ``say`` is told what is being done, ``advance`` of every finished run."""
 
     def __init__(self, out: Path, settings: Settings, subjects: Sequence[Subject]) -> None:
-        """Raises :class:`InputError` for a system that cannot run here, and a folder that holds something else."""
-        self.out, self.settings, self.subjects = out, settings, subjects
+        """Raises :class:`InputError` for two models or systems of one name, which would share their folders, for a
+        system that cannot run here, and for a folder that holds something else."""
         self._presets = [find_preset(name) for name in settings.systems]
+        check_different("models", [one.name for one in subjects])
+        check_different("systems", [one.name for one in self._presets])
+        content = (
+            *map(model_content, settings.models, subjects),
+            *map(system_content, settings.systems, self._presets),
+        )
+        self.out, self.settings, self.subjects = out, replace(settings, content=content), subjects
         for one in subjects:
             self._check(one)
-        _claim(out, settings)
+        _claim(out, self.settings)
 
     def run(
         self,
@@ -124,18 +142,30 @@ class Validation:
         advance: Callable[[], None] = lambda: None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> Progress:
-        """Measures what is missing, and stops cleanly before ``limit_s`` seconds have passed."""
+        """Measures what is missing, and stops cleanly before ``limit_s`` seconds have passed.
+
+        A model is loaded, and calibrated, only where that is estimated to fit (:mod:`real.estimates`).
+        """
         clock = _Clock(limit_s, JUDGING_S * len(self._points()) * len(self.subjects), now_s)
+        took, notes = Took(self.out, self.settings.device, self.settings.repeats), list[str]()
         for one in self.subjects:
             missing = [piece for piece in self._pieces(one) if not _is_there(piece.folder)]
-            if (not missing and self._profile_of(one).exists()) or clock.over():
+            if not missing and self._profile_of(one).exists():
+                continue
+            needed_s = sum(took.estimate(one.spec, what) for what in self._ahead(one))
+            if not clock.fits(needed_s):
+                told = f"about {needed_s:.0f} s for its first piece, and {clock.left_s():.0f} s are left"
+                notes.append(f"{one.name} was not begun: it needs {told} beside judging")
                 continue
             self._keep_routing(one)
             say(f"loading {one.name}")
-            with open_device(self.settings.device) as device:
-                self._measure(one, device, missing, clock, say, advance)
+            self._open(one, missing, clock, took, say, advance)
             gc.collect()  # one model's memory is needed for the next
-        return self.progress()
+        return replace(self.progress(), notes=tuple(notes))
+
+    def _ahead(self, one: Subject) -> tuple[str, ...]:
+        """What has to be done before a model's next piece is there."""
+        return ("load", "run") if self._profile_of(one).exists() else ("load", "calibrate")
 
     def progress(self) -> Progress:
         """What is there, and what is not."""
@@ -150,32 +180,50 @@ class Validation:
                 missing[one.name] = left
         return Progress(total - sum(map(len, missing.values())), total, missing)
 
+    def _open(
+        self, one: Subject, missing: Sequence[_Piece], clock: _Clock, took: Took, *told: Callable[..., None]
+    ) -> None:
+        with clock.timing() as opening:
+            opened = open_device(self.settings.device)
+        with opened as device:
+            with clock.timing() as loading:
+                machine = Machine.prepare(one.load(), device, seed=self.settings.seed)
+            took.keep(one.spec, load=opening.seconds + loading.seconds)
+            self._measure(one, machine, missing, clock, took, *told)
+
     def _measure(
         self,
         one: Subject,
-        device: Device,
+        machine: Machine,
         missing: Sequence[_Piece],
         clock: _Clock,
+        took: Took,
         say: Callable[[str], None],
         advance: Callable[[], None],
     ) -> None:
-        machine = Machine.prepare(one.load(), device, seed=self.settings.seed)
-        profile = self._calibrated(one, machine, say)
+        known = self._profile_of(one).exists()
+        if not known and not clock.fits(took.estimate(one.spec, "calibrate")):
+            return
+        with clock.timing() as calibrating:
+            profile = self._calibrated(one, machine, say)
+        if not known:
+            took.keep(one.spec, calibrate=calibrating.seconds)
         costs, learned = ProfileCosts(profile, one.spec), _learned(one)
         workloads = {True: constant_workload(machine), False: one_at_a_time(one.judged)}
         advance()
         for piece in missing:
-            if clock.over():
+            if not clock.fits(1.2 * took.estimate(one.spec, "run")):
                 return
-            with clock.timing():
+            with clock.timing() as running:
                 say(f"{one.name}: {piece.preset.name} at {piece.cache}")
                 workload = _labelled(workloads[piece.constant], piece.cache)
                 (system, notes), budget = _fitted(piece.preset, one, learned), _budget(piece, one, learned)
                 run = replay(machine, workload, system, budget, costs, calibration=learned)
-                memory = _memory(one, workload, budget, system.scope, gpu=device.torch_device.type == "cuda")
+                memory = _memory(one, workload, budget, system.scope, gpu=machine.device.torch_device.type == "cuda")
                 about = {"costs": costs.name, "memory": memory, "notes": [*notes, *run.info.notes]}
                 run.info = run.info.model_copy(update=about)
                 run.save(piece.folder)
+            took.keep(one.spec, run=running.seconds)
             advance()
 
     def _calibrated(self, one: Subject, machine: Machine, say: Callable[[str], None]) -> Profile:
@@ -241,26 +289,34 @@ def constant_workload(machine: Machine) -> Workload:
     return one_at_a_time(zipf(np.random.default_rng(CONSTANT_SEED), sizes))
 
 
+@dataclass
+class _Timing:
+    """What a piece of work took."""
+
+    seconds: float = 0.0
+
+
 class _Clock:
-    """Says when a time limit leaves no room for another piece, with ``reserve_s`` set aside for what follows."""
+    """Says what fits a time limit, with ``reserve_s`` set aside for what follows."""
 
     def __init__(self, limit_s: float | None, reserve_s: float, now_s: Callable[[], float]) -> None:
-        self._now_s, self._longest_s = now_s, 0.0
-        self._end_s = None if limit_s is None else now_s() + limit_s - min(reserve_s, limit_s / 4)
-        self._begun_s = 0.0
+        self._now_s = now_s
+        self._end_s = math.inf if limit_s is None else now_s() + limit_s - min(reserve_s, limit_s / 4)
 
-    def over(self) -> bool:
-        """Whether the next piece might not end in time."""
-        return self._end_s is not None and self._now_s() + 1.2 * self._longest_s >= self._end_s
+    def left_s(self) -> float:
+        """Seconds until the limit, without what is set aside."""
+        return max(0.0, self._end_s - self._now_s())
 
-    def timing(self) -> _Clock:
-        return self
+    def fits(self, seconds: float) -> bool:
+        """Whether work of that length ends in time."""
+        return seconds < self.left_s()
 
-    def __enter__(self) -> None:
-        self._begun_s = self._now_s()
-
-    def __exit__(self, *error: object) -> None:
-        self._longest_s = max(self._longest_s, self._now_s() - self._begun_s)
+    @contextmanager
+    def timing(self) -> Iterator[_Timing]:
+        """Measures what is done within."""
+        found, begun_s = _Timing(), self._now_s()
+        yield found
+        found.seconds = self._now_s() - begun_s
 
 
 def _learned(one: Subject) -> TraceCalibration | None:
@@ -323,6 +379,10 @@ def _compare(path: Path, wanted: dict[str, Any], rule: str) -> None:
     for field, value in wanted.items():
         if field not in ("digest", "date") and found.get(field) != value:
             told = f"{field} {_short(found.get(field))} in place of {_short(value)}"
+            if field == "content":  # all else is equal: what is named has been edited
+                told = (
+                    f"another {', '.join(one.rpartition(': ')[0] for one in value if one not in found.get(field, []))}"
+                )
             raise InputError(f"out must be a new folder, or one {rule}, got {path.parent} with {told}")
 
 

@@ -201,7 +201,7 @@ def _hardware_record(name: str, changes: Sequence[str]) -> dict[str, Any]:
         if changes:
             raise InputError(f"set must be left out for a part, which is changed in a machine, got {changes[0]}")
         return {kind: part.model_dump() for kind, part in parts.items()}
-    spec = catalogue.overridden(catalogue.find_hardware(name), catalogue.settings_of(changes, "set"))
+    spec = catalogue.overridden(catalogue.find_hardware(name, parts=True), catalogue.settings_of(changes, "set"))
     return spec.model_dump()
 
 

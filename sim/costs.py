@@ -80,7 +80,7 @@ class RooflineCosts:
         self.model, self.hardware, self.host = model, hardware, hardware.dispatching_host
         self.chunk_bytes = hardware.link.chunk_bytes
         cpu, link, disk = hardware.cpu, hardware.link, hardware.disk
-        takes_int8 = cpu.int8_ops_per_s > 0 and model.expert_bits <= 8
+        takes_int8 = cpu.int8_ops_per_s > 0 and model.expert_bits < 9  # codes of 8 bits and their scales
         self._cpu_flops_per_s = cpu.int8_ops_per_s if takes_int8 else cpu.reached_flops_per_s
         self._host_bytes_per_s = {  # what each resource asks of the host's memory
             "cpu": cpu.reached_bytes_per_s,

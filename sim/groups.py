@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
@@ -22,18 +24,18 @@ def group_rows(rows: pd.DataFrame) -> Array:
     return _connected(passes, sequences)
 
 
-def decode_by_group(run: RunResult) -> tuple[list[float], list[int]]:
-    """Decode seconds and decode tokens of each group of one run."""
-    rows = run.tokens.assign(run=0)
-    if not len(rows):
-        return [], []
+def decode_by_group(runs: Sequence[RunResult]) -> tuple[Array, Array]:
+    """Decode seconds float64 [runs, G] and decode tokens int64 [G] of the groups that the runs have in common."""
+    rows = pd.concat([run.tokens.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
     rows["group"] = group_rows(rows)
     decode = rows[rows["phase"] == Phase.DECODE]
-    steps = decode.drop_duplicates("step")
-    count = int(rows["group"].max()) + 1
-    seconds = np.bincount(steps["group"], weights=steps["end_s"] - steps["start_s"], minlength=count)
-    tokens = np.bincount(decode["group"], weights=decode["tokens"], minlength=count)
-    return seconds.tolist(), tokens.astype(int).tolist()
+    steps = decode.drop_duplicates(["run", "step"])
+    count = int(rows["group"].max()) + 1 if len(rows) else 0
+    seconds, tokens = np.zeros((len(runs), count)), np.zeros(count, np.int64)
+    np.add.at(seconds, (steps["run"], steps["group"]), steps["end_s"] - steps["start_s"])
+    first = decode[decode["run"] == 0]
+    np.add.at(tokens, first["group"], first["tokens"])
+    return seconds, tokens
 
 
 def _connected(passes: Array, sequences: Array) -> Array:

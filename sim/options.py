@@ -245,7 +245,10 @@ def show_run(run: RunResult, *, as_json: bool, to_stderr: bool = False, extra: M
         table.add_row("prefetched, in all", f"{run.info.prefetched_bytes / 1e6:,.1f} MB")
     slots = f"{run.info.capacity_slots} slots of experts, {run.info.capacity_bytes / 1e6:,.1f} MB"
     table.add_row("cache", f"{slots}, and {run.info.staging_slots} staging slots")
-    table.add_row("costs" if run.info.source == "simulated" else "machine", run.info.costs or run.info.hardware)
+    if run.info.source == "measured":
+        table.add_row("machine", run.info.hardware)
+    else:
+        table.add_row("costs", run.info.costs or run.info.hardware)
     if run.info.slow_token_s is not None:
         slow = f"{run.info.slow_token_s * 1e3:.2f} ms a token, p50"
         table.add_row("where every piece of work takes its p90", slow)

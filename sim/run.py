@@ -168,8 +168,12 @@ def run_info(
     *,
     hardware: str,
     packages: Sequence[str] = ("numpy",),
+    scored: bool | None = None,
 ) -> RunInfo:
-    """The header of a result, filled from what was run; ``packages`` are those whose versions matter to it."""
+    """The header of a result, filled from what was run; ``packages`` are those whose versions matter to it.
+
+    ``scored`` says whether policies were given the router's full scores; None: as far as the trace has them.
+    """
     header, budget = workload.trace.header, controller.budget
     slots = budget.total(header.layers, controller.system.scope)
     return RunInfo.model_validate(
@@ -187,12 +191,12 @@ def run_info(
             "layers_on_cpu": sorted(controller.layers_on_cpu),
             "synthetic": header.synthetic,
             "software": {name: version(name) for name in packages},
-            "notes": _notes(controller, workload.trace),
+            "notes": _notes(controller, workload.trace.scores is not None if scored is None else scored),
         }
     )
 
 
-def _notes(controller: OffloadController, trace: Trace) -> list[str]:
+def _notes(controller: OffloadController, scored: bool) -> list[str]:
     """What a reader of the result has to know of the policies' own doing."""
     system, notes = controller.system, []
     if controller.fallbacks:
@@ -205,6 +209,6 @@ def _notes(controller: OffloadController, trace: Trace) -> list[str]:
             f"deferral changes the model's outputs: of a token's experts on the CPU, those among its {system.deferral} "
             "lowest gates join the next layer's"
         )
-    if "scores" in system.needs and trace.scores is None:
+    if "scores" in system.needs and not scored:
         notes.append(f"{system.needing('scores')} was given the gates of the chosen experts: the trace has no scores")
     return notes

@@ -19,7 +19,7 @@ from sim.policies.base import Calibration
 from sim.presets import Preset
 from sim.profile import ProfileCosts
 from sim.results import RunResult
-from sim.spec import ModelSpec, catalogue
+from sim.spec import BITS_PER_WEIGHT, ModelSpec, catalogue
 from sim.spec.catalogue import REFERENCE_MACHINE
 from sim.spec.compute_table import ComputeTable
 from sim.spec.overrides import Value
@@ -251,11 +251,14 @@ def _read_trace(name: str, field: str = "trace") -> tuple[Trace, list[str]]:
 def _check_format(spec: ModelSpec, measured: ModelSpec) -> None:
     """Raises :class:`InputError`, with the way out, when weights were ``measured`` in another format than ``spec``'s.
 
-    A calibration measures all weights in one format, so that following both hints always ends.
+    A calibration has all weights in one format, or its experts in another, so that following both hints always ends.
     """
+    kept = (name for name, bits in BITS_PER_WEIGHT.items() if bits == measured.expert_bits)
+    quant = measured.dtype if BITS_PER_WEIGHT[measured.dtype] == measured.expert_bits else next(kept, None)
+    chosen = f"--quant {quant}" if quant else f"--model-set expert_bits={measured.expert_bits:g}"
     for name, way in (
         ("dtype", f"calibrate with --dtype {spec.dtype}"),
-        ("expert_bits", f"simulate with --quant {measured.dtype}"),
+        ("expert_bits", f"simulate with {chosen}"),
     ):
         wanted, got = getattr(spec, name), getattr(measured, name)
         if wanted != got:

@@ -19,7 +19,14 @@ LIMITS: dict[str, Any] = {
     "python_us": {"mixtral-offloading 25%": {"median": 160.0, "p90": 200.0}, "hybrimoe 25%": {"median": 400.0}},
     "memory": [
         {"system": "on-demand", "cache": "25%", "allocated_over_planned": 0.97},
-        {"system": "hybrimoe", "cache": "25%", "allocated_over_planned": 1.01},
+        {
+            "system": "hybrimoe",
+            "cache": "25%",
+            "allocated_over_planned": 1.01,
+            "device_allocated_bytes": 4 * 10**9,
+            "device_reserved_bytes": 5 * 10**9,
+            "device_context_bytes": 6 * 10**8,
+        },
     ],
     "host": {"weights_bytes": 2 * 10**9, "resident_over_weights": 1.05},
 }
@@ -207,6 +214,7 @@ def test_figures_stand_beside_what_is_asked_for(tmp_path: Path) -> None:
         "| m | Python in a layer, hybrimoe 25% | 400 us |  |  |",
         "| m | allocated over planned, on-demand 25% | 97.0% | within 2 % | NO |",
         "| m | allocated over planned, hybrimoe 25% | 101.0% | within 2 % | yes |",
+        "| m | GPU memory in GB, hybrimoe 25% | allocated 4.000, reserved 5.000, context 0.600 |  |  |",
         "| m | host memory over weights | 105.0% | at most 110% | yes |",
         "| hybrimoe | 25.00 | 20.00 | 30.00 | 26.00 | 4.40 | 100% |  |",
         "| accelerate | - | - | - | - | - | - | no room |",

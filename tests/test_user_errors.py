@@ -65,7 +65,7 @@ OLMOE = "--model olmoe-1b-7b --random-weights"
         ("decode --prompt a --evict static", "calibration must be given for static, a trace apart from"),
         ("decode --prompt a --cache 0", "cache must be between 1 and 32 slots, got 0"),
         ("decode --prompt a --cache=", "cache must hold something, got ''"),
-        ("decode --prompt a --device cpu --gpu-memory 1MB", "gpu-memory must be at least 8330240 bytes"),
+        ("decode --prompt a --device cpu --gpu-memory 1MB", "gpu-memory must be at least 8430600 bytes"),
         ("decode --prompt a --device cpu --context 4", "context must be at least the 65 tokens of a sequence, got 4"),
         ("decode --routing code --device cpu --context 4", "context must be at least the 319 tokens of a sequence"),
         ("decode --prompt a --stop=", "stop must hold something, got ''"),
@@ -197,7 +197,7 @@ def test_the_largest_seed_is_taken(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ("decode --prompt a --max-new-tokens 2200", "prompt and max-new-tokens must together be at most the model's"),
-        ("decode --prompt a --max-new-tokens 4 --device cpu --gpu-memory 8080640 --prefetch next-router --json", ""),
+        ("decode --prompt a --max-new-tokens 4 --device cpu --gpu-memory 8089952 --prefetch next-router --json", ""),
         (
             "trace record --out x.safetensors --max-new-tokens 2048 --domains speeches",
             "prompt and max-new-tokens must together",

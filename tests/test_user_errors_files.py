@@ -13,6 +13,7 @@ import tomli_w
 from real.cli import choose
 from real.jobs import announce
 from real.outputs import fastest
+from real.quant import QUANTS
 from sim.results import RunResult
 from sim.target import DTYPE_OF, parse_bytes
 from tests.commanding import SMALL, refused, run
@@ -159,6 +160,20 @@ def test_a_profile_of_another_format_says_the_way_out_and_the_way_works(tmp_path
         "with expert_bits 16.0, as in the model, got 32.0 (simulate with --quant fp32)"
     )
     assert run(*words("fp32", "fp32"), "--quant", "fp32").exit_code == 0
+
+
+def test_a_profile_of_quantised_experts_is_that_of_the_simulated_format(tmp_path: Path) -> None:
+    sizes = synthetic.Sizes(sequences=1, prompt_tokens=2, new_tokens=2, layers=4, experts=8, top_k=2)
+    store.save(synthetic.generate("zipf", 0, sizes), "t.safetensors")
+    (tmp_path / "mine.toml").write_text(tomli_w.dumps(MODEL.model_dump()), encoding="utf-8")
+    words = ["simulate", "t.safetensors", "--model", "mine.toml", "--profile"]
+    for quant, how in QUANTS.items():
+        profile(model=MODEL.model_copy(update={"expert_bits": how.bits})).save(tmp_path / f"{quant}.toml")
+        assert refused(*words, f"{quant}.toml").endswith(f"got {how.bits} (simulate with --quant {quant})")
+        assert run(*words, f"{quant}.toml", "--quant", quant).exit_code == 0
+    profile(model=MODEL.model_copy(update={"expert_bits": 5.0})).save(tmp_path / "odd.toml")
+    assert refused(*words, "odd.toml").endswith("got 5.0 (simulate with --model-set expert_bits=5)")
+    assert run(*words, "odd.toml", "--model-set", "expert_bits=5").exit_code == 0
 
 
 def test_repeats_are_written_side_by_side(tmp_path: Path) -> None:

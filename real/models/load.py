@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,6 +28,7 @@ from real.models.names import SMALL_FOLDER, SMALL_NAME, checkpoint_folder, model
 from real.packing import fill_from, uniform_block
 from real.quant import quantised_spec
 from sim.spec import ModelSpec
+from sim.spec.faults import first_fault
 from traces.errors import InputError, unknown_name
 from traces.memory import check_free
 
@@ -137,7 +139,7 @@ def dimensions(
     family = families.family(model_type_of(folder))
     with _as_input_error(folder), quiet():
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return _kept(family.spec(config, _name_of(folder)), dtype, quant)
+    return _kept(_spec_of(family, config, folder), dtype, quant)
 
 
 def load_spec(
@@ -181,11 +183,24 @@ def _name_of(folder: Path) -> str:
     return SMALL_NAME if folder == SMALL_FOLDER else folder.resolve().name
 
 
+def _spec_of(family: Family, config: PretrainedConfig, folder: Path) -> ModelSpec:
+    """The dimensions of a checkpoint; raises :class:`InputError`, naming the file, for those that no model has."""
+    file = folder / "config.json"
+    try:
+        return family.spec(config, _name_of(folder))
+    except ValidationError as error:
+        raise InputError(f"{file}: {first_fault(error)}") from error
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{file} must have the dimensions of a {family.model_type} model, got: {error}") from error
+
+
 def _load_checkpoint(folder: Path, dtype: str, with_experts: bool, quant: str | None) -> LoadedModel:
     family = families.family(model_type_of(folder))
     with _as_input_error(folder), quiet():
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    own = family.spec(config, _name_of(folder))
+    own = _spec_of(family, config, folder)
     spec = _kept(own, dtype, quant)
     _check_host_memory(own.in_dtype(dtype) if with_experts else spec)
     with _as_input_error(folder), quiet():

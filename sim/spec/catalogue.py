@@ -91,9 +91,10 @@ def find_parts(name: str) -> dict[str, BaseModel]:
     return {kind: _part(kind, name, Path()) for kind in PART_KINDS if name in part_names(kind)}
 
 
-def find_hardware(name: str) -> HardwareSpec:
+def find_hardware(name: str, *, parts: bool = False) -> HardwareSpec:
     """The machine that a user names: one of the catalogue, one composed of parts, or, with ``.toml``, a file of theirs.
 
+    ``parts`` says that a part's name would do as well where this is asked for, so that the near ones are offered, too.
     Raises :class:`InputError` as :func:`hardware` and :func:`load_hardware_file` do.
     """
     if _NOT_MODELLED.search(name) and not name.endswith(".toml"):
@@ -101,6 +102,9 @@ def find_hardware(name: str) -> HardwareSpec:
             "hardware must have one GPU with memory of its own: several GPUs and unified memory are not modelled "
             f"(docs/limitations.md), got {name!r}"
         )
+    if parts and not ("+" in name or name.endswith(".toml") or name in hardware_names()):
+        known = [hardware_names(), *(part_names(kind) for kind in PART_KINDS)]
+        raise unknown_name("hardware", name, {one for names in known for one in names})
     whole = name.endswith(".toml") and ("+" not in name or Path(name).exists())
     return load_hardware_file(Path(name)) if whole else hardware(name)
 

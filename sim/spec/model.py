@@ -20,12 +20,13 @@ BITS_PER_WEIGHT: dict[str, float] = {
     "bf16": 16,
     "fp16": 16,
     "fp8": 8,
-    "int8": 8,
+    "int8": 8.25,
     "int4": 4.25,
     "q4_k": 4.5,
     "mxfp4": 4.25,
 }
-"""Bits a weight takes on average; int4 counts the scales of groups of 64, mxfp4 the 8-bit scales of groups of 32."""
+"""Bits a weight takes on average; int8 and int4 count the bf16 scales of groups of 64, as :mod:`real.quant` keeps them,
+mxfp4 the 8-bit scales of groups of 32."""
 
 
 class ModelSpec(BaseModel):

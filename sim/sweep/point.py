@@ -58,7 +58,8 @@ def run_point(task: Task) -> Outcome:
     except Exception as error:
         return Outcome(task.key, "failed", _told(error), seconds=perf_counter() - begun_s)
     figures = figures_of(run, prepared)
-    by_group, notes = decode_by_group(run), "; ".join(run.info.notes)
+    (seconds,), tokens = decode_by_group([run])
+    by_group, notes = (seconds.tolist(), tokens.tolist()), "; ".join(run.info.notes)
     return Outcome(task.key, "ok", "", figures, *by_group, notes, run.info.synthetic, perf_counter() - begun_s)
 
 
@@ -86,7 +87,7 @@ def figures_of(run: RunResult, prepared: Prepared) -> dict[str, float | None]:
     layers, tokens = run.layers, run.tokens
     steps = tokens[~tokens.step.duplicated()]
     span_s = float(steps.end_s.max() - steps.start_s.min())
-    worked_s = busy_s(run, layers, float(steps.head_s.sum()))
+    worked_s = busy_s(run, layers, tokens, prepared.costs)
     shares = {f"{name}_busy_share": None if s is None or span_s <= 0 else s / span_s for name, s in worked_s.items()}
     copied_bytes = float(layers.bytes.sum() + run.info.prefetched_bytes)
     sizes = {

@@ -14,34 +14,26 @@ from typer.testing import CliRunner
 
 from analysis import cli
 from analysis.judging import judge
-from analysis.measured import Twin, constant_s, groups_of
+from analysis.measured import Twin, comparisons, constant_s, groups_of, workloads_of
+from analysis.validation import Tables, figures
 from sim.presets import preset
 from sim.profile import ProfileCosts
 from sim.replay.calibration import TraceCalibration
 from sim.results import RunResult
 from sim.run import simulate
-from sim.spec import HostSpec, ModelSpec
-from sim.spec.profile import DensePoint, Point, Profile
+from sim.spec import HostSpec
+from sim.spec.profile import DensePoint, Profile
 from sim.systems import Budget, SystemSpec
 from sim.target import retarget
+from tests.sim.profiles import SPEC, point
 from traces.errors import InputError
 from traces.schema import Trace
 from traces.store import save
 from traces.synthetic import Sizes, zipf
-from traces.workload import one_at_a_time
+from traces.workload import lock_step
 
 app = typer.Typer()
 app.command()(cli.compare)
-
-SPEC = ModelSpec(
-    name="by-hand", source="test", layers=2, moe_layers=2, experts=8, top_k=2, hidden=32, expert_width=16, heads=4,
-    kv_heads=2, head_dim=8, vocab=64, dtype="fp32", expert_bits=32,
-)  # fmt: skip
-
-
-def point(size: int, value_s: float) -> Point:
-    return Point(size=size, value_s=value_s, median_s=value_s, p90_s=value_s, repeats=3)
-
 
 PROFILE = Profile(
     name="here",
@@ -68,22 +60,31 @@ def routing(seed: int) -> Trace:
     return zipf(np.random.default_rng(seed), sizes)
 
 
-RECORDED, LEARNED = routing(1), routing(2)
+RECORDED, LEARNED, OTHER = routing(1), routing(2), routing(3)
 
 
-def measured(system: SystemSpec, slots: int, *, slower: float = 1.0, **about: object) -> RunResult:
+def measured(
+    system: SystemSpec,
+    slots: int,
+    *,
+    slower: float = 1.0,
+    trace: Trace = RECORDED,
+    batch: int = 1,
+    hardware: str = "machine",
+    **about: object,
+) -> RunResult:
     """A run that a machine might have measured: all its times are ``slower`` times those of the profile."""
-    judged = retarget(RECORDED, SPEC)
-    learned = TraceCalibration.of(retarget(LEARNED, SPEC), judged)
+    judged = retarget(trace, SPEC)
+    learned = TraceCalibration.of(retarget(LEARNED, SPEC), judged, batch)
     budget = Budget(slots=slots)
     run = simulate(
-        one_at_a_time(judged), system, budget, ProfileCosts(PROFILE), hardware="machine", calibration=learned
+        lock_step(judged, batch), system, budget, ProfileCosts(PROFILE), hardware="machine", calibration=learned
     )
     for table in (run.requests, run.tokens, run.layers, run.events):
         times = [name for name in table if name.endswith("_s")]
         table[times] *= slower
     workload = {**run.info.workload, **about}
-    run.info = run.info.model_copy(update={"source": "measured", "hardware": "machine", "workload": workload})
+    run.info = run.info.model_copy(update={"source": "measured", "hardware": hardware, "workload": workload})
     return run
 
 
@@ -152,7 +153,7 @@ def test_slots_that_are_split_by_misses_are_split_again(tmp_path: Path) -> None:
     system = SystemSpec(slots_by_layer="miss-costs")
     judged = retarget(RECORDED, SPEC)
     budget = Budget(slots=3, by_layer=split_by_misses(learned, 6))
-    known = simulate(one_at_a_time(judged), system, budget, ProfileCosts(PROFILE), hardware="x", calibration=learned)
+    known = simulate(lock_step(judged, 1), system, budget, ProfileCosts(PROFILE), hardware="x", calibration=learned)
     save(RECORDED, tmp_path / "t.safetensors")
     save(LEARNED, tmp_path / "c.safetensors")
     PROFILE.save(tmp_path / "p.toml")
@@ -175,6 +176,62 @@ def test_compare_judges_a_folder_of_measured_runs(folder: Folder, tmp_path: Path
     assert summary["overall"]["repeats"] == [2, 2]
 
 
+@pytest.fixture
+def two_traces(tmp_path: Path) -> Folder:
+    """One system at one cache size, measured on two traces, each twice, the second trace in batches as well."""
+    root = tmp_path / "model"
+    for place, (trace, batch) in enumerate(((RECORDED, 1), (OTHER, 1), (OTHER, 2))):
+        for name in ("ktransformers", "mixtral-offloading"):
+            run = measured(preset(name).system, 2, trace=trace, batch=batch, slower=1.0 + place, cache="25%")
+            for repeat in ("r1", "r2"):
+                run.save(root / "runs" / f"{place}" / name / repeat)
+    save(RECORDED, root / "trace.safetensors")
+    save(OTHER, root / "runs" / "trace.safetensors")
+    save(LEARNED, root / "calibration.safetensors")
+    PROFILE.save(root / "profile.toml")
+    return Folder(root / "runs", root / "profile.toml")
+
+
+def test_trace_and_batch_are_part_of_a_points_name_where_there_are_several(two_traces: Folder, tmp_path: Path) -> None:
+    groups = groups_of(two_traces.runs)
+    twin = Twin.of(two_traces.runs, two_traces.profile)
+    tables = Tables.of(comparisons(two_traces.runs, groups, twin))
+    first, second = (retarget(trace, SPEC).digest[:8] for trace in (RECORDED, OTHER))
+    names = [f"trace {first}, batch 1", f"trace {second}, batch 1", f"trace {second}, batch 2"]
+    assert tables.points.workload.tolist() == [name for name in names for _ in range(2)]
+    assert tables.points.decisions_exact.all(), "the fitted system learns over as many lanes as it ran"
+    found = figures(tables)
+    assert found["overall"]["points"] == 6
+    bias = {(one["system"], one["workload"]): one["bias"] for one in found["points"]}
+    for place, name in enumerate(names):
+        assert bias["ktransformers", name] == pytest.approx(1 / (1 + place) - 1)
+    tables.save(tmp_path)
+    assert Tables.load(tmp_path).points.workload.tolist() == tables.points.workload.tolist()
+    page = tmp_path / "page"
+    told = run("--measured", two_traces.runs, "--profile", two_traces.profile, "--out", page)
+    assert "6 points (2 systems)" in " ".join(told.split())
+    for name in names:
+        assert f"25%, {name}" in (page / "report.md").read_text(encoding="utf-8")
+
+
+def test_one_workload_has_no_name(folder: Folder) -> None:
+    assert workloads_of(groups_of(folder.runs)) == [""] * 4
+
+
+def test_runs_that_differ_in_what_no_table_names_are_told(tmp_path: Path) -> None:
+    measured(SystemSpec(name="mine"), 2).save(tmp_path / "one")
+    measured(SystemSpec(name="mine", evict="lfu"), 2, hardware="another").save(tmp_path / "other")
+    with pytest.raises(InputError, match=r"got .*other with another hardware and system than .*one"):
+        workloads_of(groups_of(tmp_path))
+
+
+def test_half_written_runs_are_left_out(tmp_path: Path) -> None:
+    measured(SystemSpec(), 2).save(tmp_path / "r1")
+    measured(SystemSpec(), 2).save(tmp_path / ".r2.partial")
+    (group,) = groups_of(tmp_path)
+    assert [path.name for path in group.folders] == ["r1"]
+
+
 def test_compare_takes_a_single_run(folder: Folder, tmp_path: Path) -> None:
     one = folder.runs / "runs" / "ktransformers" / "25pct" / "r1"
     told = json.loads(run("--measured", one, "--profile", folder.profile, "--out", tmp_path / "r", "--json"))
@@ -194,6 +251,10 @@ def test_compare_takes_a_single_run(folder: Folder, tmp_path: Path) -> None:
             "a measured run by its place must be left out",
         ),
         (("--measured", "NOWHERE", "--profile", "P"), "measured must be a folder of runs, got NOWHERE"),
+        (
+            ("--measured", "RUNS", "--profile", "P", "--calibration-mean-s", "0.5"),
+            "calibration-mean-s must be left out with --measured, got 0.5",
+        ),
     ],
 )
 def test_words_that_do_not_go_together_are_refused(folder: Folder, words: tuple[str, ...], told: str) -> None:
@@ -207,7 +268,7 @@ def test_another_trace_and_a_missing_calibration_are_told(folder: Folder, tmp_pa
     with pytest.raises(InputError, match=r"trace must be the one that was replayed \(.*\) on the profile's model, got"):
         run(*words, "--trace", folder.runs / "calibration.safetensors")
     (folder.runs / "calibration.safetensors").unlink()
-    with pytest.raises(InputError, match="calibration must be given for ktransformers, which was fitted to a trace"):
+    with pytest.raises(InputError, match=r"calibration must be given for ktransformers, .* that no run tells, got no"):
         run(*words)
     assert not (tmp_path / "out").exists()
 
@@ -258,6 +319,18 @@ def test_nothing_measured_is_told_and_is_no_error(tmp_path: Path, capsys: pytest
     judge(Handed(tmp_path, {"model": ["profile"]}, done=0))
     assert "nothing to judge yet: 0 of 9 pieces" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_archives_and_half_written_folders_are_not_packed(validation: Path) -> None:
+    half = validation / "model" / "runs" / "ktransformers" / "25pct" / ".r3.partial"
+    half.mkdir()
+    (half / "run.json").write_text("{")
+    for name in ("one", "other"):
+        judge(Handed(validation, {}, done=9, archive=validation / f"{name}.tar.gz"))
+    with tarfile.open(validation / "other.tar.gz") as packed:
+        names = packed.getnames()
+    assert f"{validation.name}/summary.json" in names
+    assert [name for name in names if "partial" in name or name.endswith(".tar.gz")] == []
 
 
 def test_equal_folders_give_equal_archives(validation: Path) -> None:

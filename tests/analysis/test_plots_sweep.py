@@ -307,6 +307,13 @@ def test_synthetic_routing_and_notes_are_told_in_words_and_in_the_picture(
     assert all(json.loads(line)["synthetic"] for line in front_points)
 
 
+def test_notes_that_differ_in_numbers_are_one_and_others_keep_theirs(tmp_path: Path, capsys: Any) -> None:
+    rows = [{"tokens_per_s": 1.0, "notes": f"in {place} layers; of 7 lanes"} for place in range(len(LINKS))]
+    *_, merged, kept = told(capsys, stored(tmp_path, {LINK: LINKS}, rows))
+    assert merged.endswith(" points: in \N{HORIZONTAL ELLIPSIS} layers")
+    assert kept.endswith(" points: of 7 lanes")
+
+
 def test_the_highest_marker_is_whole(tmp_path: Path) -> None:
     rows = [{"tokens_per_s": rate} for rate in (99.0, 99.5, 99.9, 100.0)]
     figure = lines(view(stored(tmp_path, {LINK: LINKS}, rows)))

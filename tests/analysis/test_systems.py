@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 from rich.console import Console
 
 from analysis.plots_systems import plot
-from analysis.systems import COMPONENTS, Entry, by_group, side_by_side, systems_plot, systems_table, verdicts
+from analysis.systems import COMPONENTS, Entry, side_by_side, systems_plot, systems_table, verdicts
 from analysis.systems_table import ranked
 from sim.bounds import bounds_of
+from sim.groups import decode_by_group
 from sim.presets import Preset
 from sim.results import RunResult
 from sim.systems import SystemSpec
@@ -50,7 +53,7 @@ def entry(
     workload = lock_step(trace, batch)
     result = run(workload, slots, costs, name=name, **system)
     preset = Preset(system=SystemSpec(name=name, **system), **(marks or {}))
-    return Entry(preset, result, bounds_of(workload, costs, result.info.capacity_slots))
+    return Entry(preset, result, costs, bounds_of(workload, costs, result.info.capacity_slots))
 
 
 def several(trace: Trace) -> list[Entry]:
@@ -112,26 +115,37 @@ def test_the_parts_of_a_token_add_up(records: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("system", [{}, {"place": "hybrimoe"}, {"synchronous": True, "prefetch": "oracle"}])
 def test_busy_shares_without_events_are_those_with(system: dict[str, Any]) -> None:
     full = entry("mine", sequences(), **system)
-    lean = Entry(full.preset, RunResult(**{**vars(full.run), "events": full.run.events.iloc[:0]}))
+    lean = Entry(full.preset, RunResult(**{**vars(full.run), "events": full.run.events.iloc[:0]}), full.costs)
     (ours,), (theirs,) = side_by_side([full]), side_by_side([lean])
     assert theirs["busy"] == pytest.approx(ours["busy"])
 
 
-def test_dense_parts_on_the_cpu_keep_it_busy_and_not_the_gpu() -> None:
-    """The first layer on the GPU: dense 1 s, two experts of 1 s; the second on the CPU: 1 s, twice 2 s; head 1 s."""
+@pytest.mark.parametrize(
+    ("joins", "layer_s", "token_s"),
+    [
+        (False, 0.5, 0.5 + 3 + 5 + 0.25 + 1),  # all but the first dispatch beside the experts
+        (False, 5.0, 5 + 1 + 5 + 1 + 5 + 0.25 + 1),  # instead of the experts' 2 and 4 s
+        (True, 0.5, 0.5 + 3 + 0.5 + 5 + 0.5 + 0.25 + 1),
+    ],
+)
+def test_dense_parts_on_the_cpu_keep_it_busy_and_not_the_gpu(joins: bool, layer_s: float, token_s: float) -> None:
+    """The first layer on the GPU: dense 1 s, two experts of 1 s; the second on the CPU: 1 s, twice 2 s. Back to the
+    head, which takes 1 s, the link takes 0.25 s."""
     system = {"evict": "static-front", "place": "static", "scope": "global", "dense_follows": True}
-    costs = HandCosts(cpu=2.0, copy=0.0, back=0.0)
+    costs = HandCosts(cpu=2.0, copy=0.25, back=0.0, host=host(layer_s=layer_s, joins_layers=joins))
     full = entry("split", trace_of([[[0, 1], [2, 3]]]), costs=costs, **system)
-    lean = Entry(full.preset, RunResult(**{**vars(full.run), "events": full.run.events.iloc[:0]}))
+    lean = Entry(full.preset, RunResult(**{**vars(full.run), "events": full.run.events.iloc[:0]}), full.costs)
+    assert full.run.tokens["end_s"].max() == pytest.approx(token_s)
+    wanted = {"gpu": 4 / token_s, "cpu": 5 / token_s, "link": 0.25 / token_s}
     for (one,) in (side_by_side([full]), side_by_side([lean])):
-        assert {name: one["busy"][name] for name in ("gpu", "cpu")} == pytest.approx({"gpu": 4 / 9, "cpu": 5 / 9})
+        assert {name: one["busy"][name] for name in wanted} == pytest.approx(wanted)
 
 
 def test_what_was_not_kept_is_not_told() -> None:
     """Prefetches are only in events and operations."""
     full = entry("mine", sequences(), prefetch="oracle")
     bare = {name: getattr(full.run, name).iloc[:0] for name in ("events", "operations")}
-    (one,) = side_by_side([Entry(full.preset, RunResult(**{**vars(full.run), **bare}))])
+    (one,) = side_by_side([Entry(full.preset, RunResult(**{**vars(full.run), **bare}), full.costs)])
     assert (one["busy"]["link"], one["binding"], one["bytes_per_token"], one["regret"]) == (None, None, None, None)
     assert one["busy"]["gpu"] is not None
 
@@ -162,7 +176,7 @@ def test_resamples_draw_sequences_and_the_same_ones_for_all() -> None:
 
 def test_a_batch_is_one_group() -> None:
     entries = [entry(name, sequences(12), batch=2) for name in ("first", "second")]
-    seconds, tokens = by_group([one.run for one in entries])
+    seconds, tokens = decode_by_group([one.run for one in entries])
     assert tokens.tolist() == [6.0] * 6
     assert seconds.shape == (2, 6)
     steps = entries[0].run.tokens.query("phase == 1").drop_duplicates("step")
@@ -173,8 +187,8 @@ def test_a_batch_is_one_group() -> None:
 def test_sequences_that_meet_in_one_run_are_one_group_in_all() -> None:
     trace = sequences(4)
     alone, together = (entry("mine", trace, batch=batch).run for batch in (1, 2))
-    assert by_group([alone])[0].shape == (1, 4)
-    seconds, tokens = by_group([alone, together])
+    assert decode_by_group([alone])[0].shape == (1, 4)
+    seconds, tokens = decode_by_group([alone, together])
     assert (seconds.shape, tokens.tolist()) == ((2, 2), [6.0, 6.0])
 
 
@@ -243,6 +257,37 @@ def test_the_sentences_say_what_was_equal_and_who_is_alike(records: list[dict[st
     assert "too narrow" in caveat
     told = verdicts(side_by_side([entry("a", sequences()), entry("b", sequences(), synchronous=True)]))
     assert told[1].endswith("all others are distinguishable from it")
+
+
+def test_who_holds_as_much_as_the_others_is_no_exception(records: list[dict[str, Any]]) -> None:
+    outside = dict(by_name(records, "slow"), system="outside", fills_budget=False)
+    given = "equal for all: 600 B of GPU memory, 4 experts resident"
+    fair = [one for one in records if one["role"] != "no limit"]
+    assert verdicts([*fair, outside])[0] == given
+    assert verdicts([*fair, {**outside, "gpu_bytes": 500}])[0] == f"{given}; but outside holds 4 in 500 B"
+    assert verdicts([*fair, {**outside, "resident_experts": 3}])[0] == f"{given}; but outside holds 3"
+
+
+def test_every_kind_of_bound_is_named_whoever_comes_first(records: list[dict[str, Any]]) -> None:
+    first = dict(by_name(records, "fetching"), bound_token_s=0.004, bound_by="link")
+    split = {**first, "system": "split", "bound_with_dense_on_cpu": True, "bound_token_s": 0.002, "bound_by": "chain"}
+    defers = {**first, "system": "defers", "bound_with_deferral": True, "bound_token_s": 0.003}
+    for order in permutations((first, split, defers)):
+        assert verdicts(order)[2] == (
+            "no system can take less than 4.00 ms a token here, for its copies; with dense work on the CPU, 2.00 ms a "
+            "token; with experts that join the next layer, 3.00 ms a token"
+        )
+    assert verdicts([split])[2] == (
+        "no system with dense work on the CPU can take less than 2.00 ms a token here, for its host, GPU and CPU"
+    )
+    assert verdicts([{**first, "bound_token_s": 0.005}, first])[2].startswith("no system can take less than 4.00 ms")
+
+
+def test_the_bound_of_a_system_that_defers_is_marked() -> None:
+    trace = sequences()
+    trace = replace(trace, gates=np.full(trace.expert_ids.shape, 0.5, np.float32))
+    (one,) = side_by_side([entry("later", trace, place="static", options={"place": {"defer": 1}})])
+    assert (one["bound_with_deferral"], one["bound_with_dense_on_cpu"]) == (True, False)
 
 
 def test_records_are_json(records: list[dict[str, Any]]) -> None:

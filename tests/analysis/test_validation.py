@@ -27,7 +27,7 @@ POINTS = {  # measured, simulated ms of one token; the median repeat is 2 % slow
 
 
 def tables(constant_ms: float = 50.0, model: str = "m", peak: int = 0) -> Tables:
-    places = [dict(zip(POINT, (model, *place), strict=True)) for place in POINTS]
+    places = [dict(zip(POINT, (model, *place, ""), strict=True)) for place in POINTS]
     points = pd.DataFrame(
         [
             {
@@ -109,6 +109,23 @@ def test_several_models_are_ranked_each_by_itself() -> None:
     assert figures(one)["models"] == {}
 
 
+def test_several_workloads_are_ranked_each_by_itself() -> None:
+    """On the second one everything takes four times as long: not between the two, but within each, order is asked."""
+    one, other = tables(), tables()
+    other.tokens[["measured_s", "median_s"]] *= 4
+    for table in vars(other).values():
+        table["workload"] = "batch 4"
+    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+    found = figures(Tables(*(pd.concat(pair, ignore_index=True) for pair in pairs)))
+    assert found["overall"]["points"] == 10
+    assert found["overall"]["kendall_tau"] == pytest.approx(1.0)
+    assert found["overall"]["pairs_left_out"] == pytest.approx(3 / 10)
+    assert [(change["low"], change["high"]) for change in found["crossovers"]] == [
+        ("25%", "75%"),
+        ("25%, batch 4", "75%, batch 4"),
+    ]
+
+
 def test_a_change_of_places_is_found_and_compared() -> None:
     (one,) = orders(rows_of(tables()))
     assert (one.below, one.above, one.low, one.high) == ("b", "a", "25%", "75%")
@@ -146,6 +163,7 @@ def test_figures_from_stored_tables_are_the_same(tmp_path: Path) -> None:
 
 
 COMMITTED = sorted(path.parent for path in RESULTS.glob("*/tokens.parquet"))
+assert COMMITTED, "at least one validation is kept"
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda path: path.name)

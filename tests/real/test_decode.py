@@ -130,6 +130,32 @@ def test_a_replay_of_the_recorded_trace_has_the_hits_of_the_live_run(
     assert "torch" in live.info.software
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_chosen_expert_whose_gate_is_nothing_counts_on_both_clocks(machine: Machine, batch: int) -> None:
+    _, trace, _ = run(machine)
+    trace = Trace.of(trace.header, **{**dict(trace.arrays()), "gates": trace.gates * np.array([1, 0], np.float16)})
+    workload, system, budget = lock_step(trace, batch), SystemSpec(), Budget(slots=3)
+    measured = replay(machine, workload, system, budget, COSTS)
+    simulated = simulate(workload, system, budget, COSTS, hardware="by hand")
+    pd.testing.assert_frame_equal(measured.operations, simulated.operations)
+    assert measured.layers.hits_union.tolist() == simulated.layers.hits_union.tolist()
+
+
+@pytest.mark.parametrize("full_trace", [True, False])
+def test_only_a_run_whose_policy_was_given_gates_is_told_so(machine: Machine, full_trace: bool) -> None:
+    """While prompts are decoded, the policy has the router's own scores whether or not they are recorded."""
+    system, budget = SystemSpec(evict="mrs"), Budget(slots=3)
+    live, trace, _ = decode(machine, PROMPTS[:1], system, budget, COSTS, max_new_tokens=3, full_trace=full_trace)
+    told = "mrs was given the gates of the chosen experts: the trace has no scores"
+    assert told not in live.info.notes
+    assert (told in replay(machine, lock_step(trace, 1), system, budget, COSTS).info.notes) == (not full_trace)
+
+
+def test_experts_in_pageable_memory_are_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.store, "notes", ["1.0 of 2.0 GB of experts are in pageable memory"])
+    assert run(machine)[0].info.notes[-1] == "1.0 of 2.0 GB of experts are in pageable memory"
+
+
 def test_a_seeded_sampler_gives_the_same_text_again(machine: Machine) -> None:
     def sampled(seed: int) -> list[list[int]]:
         sampler = Sampler(temperature=1.0, seed=seed)

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from real.calibrate import describe_machine
 from real.jobs import TraceJob
-from real.models.load import load, load_spec
+from real.models.load import dimensions, load, load_spec
 from sim.presets import find_preset
+from sim.profile import ProfileCosts
 from sim.results import RunResult
 from tests.commanding import SMALL, refused, run
 from tests.real import tiny
 from tests.real.test_memory import limits
+from tests.sim.test_profile_runs import PROFILE
 from traces import store, synthetic
 from traces.errors import InputError
 
@@ -47,10 +50,31 @@ def test_text_goes_to_standard_output_and_figures_to_standard_error() -> None:
     copied = found.operations.bytes[found.operations.op == "copy"].sum()
     assert f"{copied / 1e6:,.1f} MB" in result.stderr
     assert "memory, planned" in result.stderr
+    assert "roofline" in found.info.costs
+    assert "cpu device" in result.stderr
+    assert "roofline" not in result.stderr
+    assert "routing was recorded (experts and weights), which is a part of the dense layers' time" in found.info.notes
     assert f"{found.info.peak['host_resident_bytes'] / 1e6:,.1f} MB on the host" in result.stderr
     parts = [size for name, size in found.info.memory.items() if name.endswith("_bytes")]
     assert all(size > 0 for size in parts)
     assert found.info.memory["experts_bytes"] == found.info.capacity_bytes
+
+
+@pytest.mark.parametrize("words", [("--prompt", PROMPT, "--max-new-tokens", "2"), ("--routing", "t.safetensors")])
+def test_the_profile_that_policies_weigh_is_named_and_of_this_device(words: tuple[str, ...]) -> None:
+    spec = dimensions("moetwin-small", dtype="fp32", random_weights=False)
+    shape = {"layers": spec.moe_layers, "experts": spec.experts, "top_k": spec.top_k}
+    store.save(synthetic.generate("zipf", 0, replace(SMALL, **shape)), "t.safetensors")
+    profile = PROFILE.model_copy(update={"model": spec})
+    profile.save(Path("here.toml"))
+    told = decoded(*words, "--profile", "here.toml", "--out", "run")
+    assert RunResult.load_info(Path("run")).costs == ProfileCosts(profile).name
+    (note,) = [note for note in told["notes"] if note.startswith("the profile was measured with the processor unknown")]
+    assert describe_machine()["processor"] in note
+    profile.model_copy(update={"device": "cuda"}).save(Path("gpu.toml"))
+    line = refused("decode", "--device", "cpu", *words, "--profile", "gpu.toml", "--out", "other")
+    assert line == "error: profile must be measured on the device of the run, cpu, got one of cuda"
+    assert not Path("other").exists()
 
 
 def test_a_batch_is_shown_text_by_text_when_it_has_ended() -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import moetwin
 from real import memory
 from real.decode import Machine, decode
 from real.device import open_device
 from real.jobs import Limits, Size
+from real.models.load import load_spec
 from real.store import DeviceSlots
 from sim.memory import MemoryPlan
 from sim.spec import ModelSpec, catalogue
@@ -56,6 +58,15 @@ def test_a_longer_context_takes_the_place_of_experts() -> None:
         limits(context=191).budget(preset(), OLMOE, SIZE)
 
 
+def test_a_gpu_tells_what_is_taken_beyond_what_torch_reserves(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {"max_memory_allocated": 5, "max_memory_reserved": 7, "memory_reserved": 6, "mem_get_info": (80, 100)}
+    for name, value in taken.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    found = memory.peak(torch.device("cuda"))
+    found.pop("host_resident_bytes")
+    assert found == {"device_allocated_bytes": 5, "device_reserved_bytes": 7, "device_context_bytes": 14}
+
+
 def test_systems_side_by_side_get_the_same_bytes_whatever_their_scope() -> None:
     given = limits(gpu_memory="4GiB", together=True)
     plans = [given.budget(preset(scope=scope), OLMOE, SIZE)[1] for scope in ("layer", "global")]
@@ -68,6 +79,44 @@ def test_systems_side_by_side_get_the_same_bytes_whatever_their_scope() -> None:
 def test_the_workspace_grows_with_all_that_it_is_for(larger: dict[str, Any]) -> None:
     size = {"lanes": 1, "rows": 128, "context": 192, "gpu": False}
     assert memory.workspace_bytes(OLMOE, **{**size, **larger}) > memory.workspace_bytes(OLMOE, **size)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "lanes", "fields"),
+    [
+        ("deepseek_v2", 1, {}),
+        ("qwen3_moe", 2, {"heads": 16, "projection_elements": 0}),
+        ("gpt_oss", 2, {"heads": 16}),
+    ],
+)
+@pytest.mark.parametrize("part", ["prompt", "step"])
+def test_what_torch_takes_in_a_long_context_is_within_the_workspace(
+    part: str, model_type: str, lanes: int, fields: dict[str, int]
+) -> None:
+    """Lanes are padded, which makes a mask."""
+    spec, context = tiny.SPECS[model_type].model_copy(update=fields), 400
+    model = load_spec(spec, model_type=model_type, with_experts=True).model
+    ids, mask = torch.zeros(lanes, context, dtype=torch.int64), torch.ones(lanes, context, dtype=torch.int64)
+    mask[1:, : context // 2] = 0
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        with record_function("step"):
+            model(ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    rows, kept = (lanes, 0) if part == "step" else (lanes * (context - 1), lanes * context * spec.kv_bytes_per_token)
+    bound = memory.workspace_bytes(spec, lanes=lanes, rows=rows, context=context, gpu=False)
+    assert 0.02 * bound < taken(seen)[part] - kept <= bound
+
+
+def taken(seen: profile) -> dict[str, int]:
+    """The most bytes that torch had at once beside those at the beginning of the prompt, and of the step."""
+    now, began, most = 0, {"prompt": 0}, {"prompt": 0}
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "step":
+            began["step"] = most["step"] = now
+        elif event.name() == "[memory]":
+            part, now = [*began][-1], now + event.nbytes()
+            most[part] = max(most[part], now)
+    return {part: most[part] - began[part] for part in most}
 
 
 def test_quantised_experts_need_room_to_be_unpacked() -> None:
@@ -179,8 +228,6 @@ print(weights, most - begin - slots)
 
 def checkpoint(folder: Path, **fields: int) -> str:
     """A checkpoint with random weights."""
-    from real.models.load import load_spec
-
     spec = tiny.SPECS["olmoe"].model_copy(update=fields)
     load_spec(spec, model_type="olmoe", with_experts=True).model.save_pretrained(folder)
     return str(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from real.cli import RecordOptions, _check_lookahead, _summary
 from real.generate import Sampler, generate, left_pad
 from real.models.families import FAMILIES
 from real.models.load import load, load_spec
-from real.record import Collector, record, router_means_of
+from real.record import Collector, _by_weight, encode, record, router_means_of
 from real.routing import RouterCall, RouterTap, lookahead
 from tests.real import tiny
 from traces import store
@@ -192,6 +193,24 @@ def test_recording_needs_prompts_a_tokenizer_and_a_depth() -> None:
         record(load_spec(tiny.SPECS["olmoe"]), PROMPTS)
     with pytest.raises(InputError, match="lookahead must be at least 0, got -1"):
         record(tiny.model(), PROMPTS, lookahead_depth=-1)
+
+
+def test_tokens_of_another_models_tokenizer_are_refused() -> None:
+    small = replace(load_spec(tiny.SPECS["olmoe"].model_copy(update={"vocab": 200})), tokenizer=tiny.tokenizer())
+    assert encode(small, [Prompt("", "x")]) == [list(tiny.tokenizer()("x")["input_ids"])]
+    with pytest.raises(
+        InputError, match=r"^prompts must have tokens below 200, the embeddings of model tiny-olmoe, got \d+ "
+    ):
+        encode(small, [Prompt("", "x"), Prompt("", "\N{GRINNING FACE}")])
+
+
+@pytest.mark.parametrize("smallest", [1e-9, 2.0**-25, 1e-30])
+def test_a_positive_gate_is_recorded_as_one(smallest: float) -> None:
+    """Whoever reads the trace takes it that the expert was chosen, as its id says."""
+    weights = np.array([[smallest, 0.75], [0.0, 0.5]], np.float32)
+    ids, gates = _by_weight(np.array([[3, 5], [1, 2]]), weights)
+    assert ids.tolist() == [[5, 3], [2, NOT_ROUTED]]
+    assert (gates.astype(np.float16) > 0).tolist() == [[True, True], [True, False]]
 
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=8)

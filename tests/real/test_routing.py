@@ -12,7 +12,7 @@ from real.generate import HookChain, generate, left_pad
 from real.models.families import FAMILIES
 from real.models.load import LoadedModel
 from real.record import Collector
-from real.routing import MeanInputs, Replay, RouterCall, RouterTap, lookahead
+from real.routing import LEAST_GATE, MeanInputs, Replay, RouterCall, RouterTap, lookahead
 from tests.real import tiny
 from traces.errors import InputError
 from traces.schema import NOT_ROUTED, Phase, Trace
@@ -168,6 +168,21 @@ def test_places_without_a_choice_are_recorded_as_such() -> None:
     replayed(loaded, forced, collector)
     assert np.array_equal(collector.finish().expert_ids, ids)
     assert np.array_equal(collector.finish().gates, gates)
+
+
+@pytest.mark.parametrize("own_gates", [True, False])
+def test_a_chosen_expert_whose_gate_is_nothing_counts_as_routed(own_gates: bool) -> None:
+    loaded = tiny.model()
+    trace, _ = recorded(loaded)
+    gates = np.where(np.arange(2) == 1, 0, trace.gates)
+    replay = Replay(Trace.of(trace.header, **{**dict(trace.arrays()), "gates": gates}), loaded, own_gates=own_gates)
+    replay.begin_step(np.array([2, -1]))
+    logits = torch.full((2, 8), -200.0)
+    logits[:, trace.expert_ids[2, 1, 0]] = 200.0  # so that the other gate is 0 in fp32
+    weights, _ = replay.on_route(RouterCall(1, torch.zeros(2, 32), logits, torch.zeros(2, 2), torch.zeros(2, 2)))
+    assert weights[0, 1] == LEAST_GATE
+    assert weights[0, 1].half() > 0
+    assert weights[1].tolist() == [0.0, 0.0]
 
 
 def test_rows_of_a_pass_are_found_by_sequence_and_position() -> None:

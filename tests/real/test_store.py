@@ -114,9 +114,12 @@ def test_what_cannot_be_pinned_stays_pageable(most: int, monkeypatch: pytest.Mon
     assert cudart.sizes == [layer_bytes] * most
     assert store.pinned_bytes == most * layer_bytes
     assert store.bytes == 2 * layer_bytes
+    sizes = f"{(2 - most) * layer_bytes / 1e9:.1f} of {2 * layer_bytes / 1e9:.1f} GB of experts are in pageable memory"
+    assert [note.partition(",")[0] for note in store.notes] == ([sizes] if most < 2 else [])
     assert cudart.registered == {store.expert(layer, 0).data_ptr() for layer in range(most)}
     plain = HostStore(own_model())
     assert plain.pinned_bytes == 0
+    assert not plain.notes, "nobody asked for pinned memory"
     assert all(torch.equal(store.expert(layer, 3), plain.expert(layer, 3)) for layer in range(2))
     store.close()
     assert not cudart.registered

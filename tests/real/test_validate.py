@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from real import validate
+from real.estimates import LOAD_S, REPEAT_S, Took
 from real.models.load import load_spec
 from real.subjects import WIDE, Subject, beginnings, subject
 from real.validate import CONSTANT_REPEATS, JUDGING_S, Settings, Validation
@@ -100,6 +101,7 @@ def test_every_run_is_measured_and_stored_with_what_judging_needs(validation: Ca
     assert run.info.costs == ProfileCosts(Profile.load(folder / "profile.toml")).name
     assert run.info.trace_digest == load_trace(folder / "trace.safetensors").digest
     assert run.info.capacity_slots == SPEC.moe_layers * SPEC.experts // 4
+    assert one.progress().notes == ()
     assert {"digest", "systems"} <= json.loads((one.out / "settings.json").read_text()).keys()
     assert {"date", "processor", "torch"} <= json.loads((one.out / "environment.json").read_text()).keys()
     assert any("hybrimoe at 50%" in text for text in told)
@@ -167,6 +169,89 @@ def test_a_folder_of_another_validation_is_refused(
     with pytest.raises(InputError, match=told) as error:
         validation(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_two_of_one_name_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"models must have different names, got {SPEC.name} 2 times"):
+        Validation(tmp_path / "v", replace(SETTINGS, models=("a/tiny", "b/tiny")), [tiny_subject(), tiny_subject()])
+    (tmp_path / "hybrimoe.toml").write_text('like = "ktransformers"\n')
+    with pytest.raises(InputError, match="systems must have different names, got hybrimoe 2 times"):
+        Validation(tmp_path / "v", own_system(tmp_path / "hybrimoe.toml", "hybrimoe"), [tiny_subject()])
+    assert not (tmp_path / "v").exists()
+
+
+def own_system(*systems: Path | str) -> Settings:
+    return replace(SETTINGS, systems=tuple(map(str, systems)))
+
+
+def test_an_edited_system_or_policy_is_refused_by_name(tmp_path: Path) -> None:
+    system, policy = tmp_path / "mine.toml", tmp_path / "mine.py"
+    code = "from sim.policies.evict.lru import Lru\n\n\nclass Mine(Lru):\n    pass\n"
+    text = 'like = "ktransformers"\nevict = "mine.py:Mine"\n'
+
+    def begin() -> None:
+        Validation(tmp_path / "v", own_system(system, "hybrimoe"), [tiny_subject()])
+
+    policy.write_text(code)
+    system.write_text(text)
+    begin()
+    begin()
+    system.write_text(f'{text}prefetch = "next-router"\n')
+    with pytest.raises(InputError, match=f"with another system {system}$"):
+        begin()
+    system.write_text(text)
+    begin()
+    policy.write_text(f"{code}    own = 1\n")
+    with pytest.raises(InputError, match=f"with another system {system}$"):
+        begin()
+
+
+def test_an_edited_model_is_refused_by_name(tmp_path: Path) -> None:
+    Validation(tmp_path / "v", SETTINGS, [tiny_subject()])
+    edited = replace(tiny_subject(), spec=SPEC.model_copy(update={"vocab": SPEC.vocab + 1}))
+    with pytest.raises(InputError, match=r"of the same validation, got .* with another model tiny$"):
+        Validation(tmp_path / "v", SETTINGS, [edited])
+
+
+def test_nothing_is_loaded_that_is_not_estimated_to_fit(validation: Callable[..., Validation], tmp_path: Path) -> None:
+    one, told = validation(), list[str]()
+    outcome = one.run(limit_s=5.0, say=told.append)
+    assert told == []
+    (note,) = outcome.notes
+    assert note.startswith(f"{SPEC.name} was not begun: it needs about 7 s for its first piece, and 4 s")
+    took = Took(one.out, "cpu", REPEATS)
+    took.keep(SPEC, load=0.0, calibrate=0.0, run=0.0)
+    assert one.run(limit_s=600.0, say=told.append).complete
+    assert told[0] == f"loading {SPEC.name}"
+
+
+def test_calibrating_is_not_begun_when_loading_took_its_time(
+    validation: Callable[..., Validation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, told = [0.0], list[str]()
+    one = validation()
+    slow = Subject(SPEC.name, SPEC, one.subjects[0].judged, one.subjects[0].learned, lambda: now.append(90.0) or model)
+    model = tiny_subject().load()
+    one.subjects = [slow]
+    outcome = one.run(limit_s=100.0, say=told.append, now_s=lambda: now[-1])
+    assert told == [f"loading {SPEC.name}"]
+    assert outcome.done == 0
+    assert Took(one.out, "cpu", REPEATS).estimate(SPEC, "load") == 90.0
+
+
+def test_estimates_are_what_was_measured_and_else_as_for_others(tmp_path: Path) -> None:
+    took = Took(tmp_path, "cpu", 7)
+    assert took.estimate(SPEC, "load") >= LOAD_S
+    assert took.estimate(SPEC, "calibrate") >= 7 * REPEAT_S
+    took.keep(SPEC, load=2.0, calibrate=30.0, run=1.0)
+    took.keep(SPEC, run=4.0)
+    took.keep(SPEC, run=3.0)
+    again = Took(tmp_path, "cpu", 7)
+    assert [again.estimate(SPEC, what) for what in ("load", "calibrate", "run")] == [2.0, 30.0, 4.0]
+    smaller = SPEC.model_copy(update={"name": "smaller", "layers": 4, "moe_layers": 4})
+    larger = SPEC.model_copy(update={"name": "larger", "layers": 50, "moe_layers": 50})
+    assert again.estimate(smaller, "calibrate") == 30.0
+    assert again.estimate(larger, "calibrate") > 2 * 30.0
 
 
 def test_a_folder_of_another_machine_is_refused(validation: Callable[..., Validation]) -> None:

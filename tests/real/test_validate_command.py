@@ -25,6 +25,10 @@ from tests.commanding import refused, run
         (("--caches", "200%"), "caches must be at most 100%, got 200%"),
         (("--calibration", "mixed"), "calibration must be another recording than trace, got mixed for both"),
         (("--model", "no-such-model"), "no-such-model"),
+        (
+            ("--model", "moetwin-small", "--model", "moetwin-small"),
+            "models must have different names, got moetwin-small",
+        ),
         (("--dtype", "fp8"), "fp8"),
         (("--repeats", "1"), "repeats must be"),
     ],

@@ -147,7 +147,7 @@ def test_gpt_oss_experts_are_counted_as_released() -> None:
     assert round(spec.expert_bytes / 1e6, 1) == 13.2
 
 
-@pytest.mark.parametrize(("quant", "bits"), [("int8", 8), ("int4", 4.25), ("mxfp4", 4.25), ("q4_k", 4.5)])
+@pytest.mark.parametrize(("quant", "bits"), [("int8", 8.25), ("int4", 4.25), ("mxfp4", 4.25), ("q4_k", 4.5)])
 def test_bytes_of_a_quantised_expert(quant: str, bits: float) -> None:
     lite = catalogue.model("deepseek-v2-lite").with_experts_in(quant)
     assert lite.expert_bytes == 3 * 2048 * 1408 * bits / 8

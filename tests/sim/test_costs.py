@@ -272,7 +272,9 @@ def test_the_lookahead_reads_one_router_a_layer() -> None:
     assert costs().lookahead_s(2) == pytest.approx(2 * 100 * 4 * 2 / 1e6)
 
 
-@pytest.mark.parametrize(("quant", "bits"), [("int4", 4.25), ("q4_k", 4.5), ("mxfp4", 4.25), ("int8", 8), ("fp8", 8)])
+@pytest.mark.parametrize(
+    ("quant", "bits"), [("int4", 4.25), ("q4_k", 4.5), ("mxfp4", 4.25), ("int8", 8.25), ("fp8", 8)]
+)
 def test_quantised_experts_are_copied_with_their_scales(quant: str, bits: float) -> None:
     model = MODEL.with_experts_in(quant)
     assert BITS_PER_WEIGHT[quant] == bits

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from sim.cli import hardware_app
 from sim.spec import catalogue
+from traces.errors import InputError
 
 
 def test_a_part_is_shown_with_its_source() -> None:
@@ -20,3 +22,12 @@ def test_a_part_is_shown_with_its_source() -> None:
     assert str(refused.exception) == (
         "set must be left out for a part, which is changed in a machine, got gpu.memory_gb=3"
     )
+
+
+def test_parts_are_offered_where_a_part_would_do() -> None:
+    with pytest.raises(InputError, match=r"hardware must be a known name, got 'a600' \(.*\ba6000\b[^-]"):
+        CliRunner().invoke(hardware_app, ["show", "a600"], catch_exceptions=False)
+    with pytest.raises(InputError, match=r"got 'a600' \((?!.*\ba6000\b[^-])"):
+        catalogue.find_hardware("a600")
+    with pytest.raises(InputError, match="several GPUs and unified memory"):
+        CliRunner().invoke(hardware_app, ["show", "4xa6000"], catch_exceptions=False)

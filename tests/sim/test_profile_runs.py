@@ -7,22 +7,13 @@ import pytest
 
 from sim.profile import ProfileCosts
 from sim.run import simulate
-from sim.spec import HostSpec, ModelSpec
-from sim.spec.profile import DensePoint, Planning, Point, Pool, Profile
+from sim.spec import HostSpec
+from sim.spec.profile import DensePoint, Planning, Pool, Profile
 from sim.systems import Budget, SystemSpec
 from tests.sim import hand
+from tests.sim.profiles import SPEC, point
 from traces.synthetic import Sizes, zipf
 from traces.workload import one_at_a_time
-
-SPEC = ModelSpec(
-    name="by-hand", source="test", layers=2, moe_layers=2, experts=8, top_k=2, hidden=32, expert_width=16, heads=4,
-    kv_heads=2, head_dim=8, vocab=64, dtype="fp32", expert_bits=32,
-)  # fmt: skip
-
-
-def point(size: int, value_s: float) -> Point:
-    return Point(size=size, value_s=value_s, median_s=value_s, p90_s=value_s, repeats=3)
-
 
 PROFILE = Profile(
     name="here",

@@ -58,7 +58,11 @@ class Family:
         return [MoeLayer(i, one, one.get_submodule(self.router_name), one.experts) for i, one in enumerate(blocks)]
 
     def spec(self, config: PretrainedConfig, name: str) -> ModelSpec:
-        """The dimensions in ``config``, as a :class:`ModelSpec` called ``name`` with all weights in bf16."""
+        """The dimensions in ``config``, as a :class:`ModelSpec` called ``name`` with all weights in bf16.
+
+        Raises :class:`InputError` for a configuration that transformers builds a model of which cannot run.
+        """
+        positive(config, "num_attention_heads")
         moe_layers = self._moe_layer_count(config)
         fields: dict[str, Any] = {
             "layers": config.num_hidden_layers,
@@ -132,6 +136,14 @@ class Family:
         require(not spec.kv_elements, self, "grouped-query attention", spec)
         require(not spec.shared_width, self, "no shared experts", spec)
         require(spec.moe_layers == spec.layers, self, "an MoE block in every layer", spec)
+
+
+def positive(config: PretrainedConfig, *names: str) -> None:
+    """Raises :class:`InputError` unless the fields ``names`` of ``config`` are counts of at least 1."""
+    for name in names:
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be at least 1, got {value!r}")
 
 
 def require(condition: bool, owner: Family, rule: str, spec: ModelSpec) -> None:

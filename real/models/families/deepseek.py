@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from real.models.families.base import Family, require
+from real.models.families.base import Family, positive, require
 from sim.spec import ModelSpec
+from traces.errors import InputError, unknown_name
+
+GROUPED = "group_limited_greedy"
+_CHOICES = ("greedy", GROUPED)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class DeepseekV2(Family):
         return int(config.num_hidden_layers - config.first_k_dense_replace)
 
     def _spec_fields(self, config: PretrainedConfig) -> dict[str, Any]:
+        self._check_choice(config)
         hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         query_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         query = config.q_lora_rank * (hidden + query_width) if config.q_lora_rank else hidden * query_width
@@ -59,6 +64,13 @@ class DeepseekV2(Family):
             "v_head_dim": spec.head_dim,
             "kv_lora_rank": spec.kv_elements - rope,
         }
+
+    def _check_choice(self, config: PretrainedConfig) -> None:
+        """Raises :class:`InputError` for a way to choose experts that transformers' router does not have."""
+        if config.topk_method not in _CHOICES:
+            raise unknown_name("topk_method", config.topk_method, _CHOICES)
+        if config.topk_method == GROUPED:
+            _check_groups(config)
 
     def _query_rank(self, spec: ModelSpec) -> int | None:
         """The rank of the query's projection, solved from the number of projection weights; None for a full one."""
@@ -91,6 +103,9 @@ class DeepseekV3(DeepseekV2):
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * config.routed_scaling_factor
 
+    def _check_choice(self, config: PretrainedConfig) -> None:
+        _check_groups(config)
+
     def _config_fields(self, spec: ModelSpec) -> dict[str, Any]:
         groups = next(count for count in (8, 4, 2, 1) if spec.experts % count == 0 and spec.experts >= 2 * count)
         few = groups // 2 * (spec.experts // groups) < spec.top_k
@@ -99,3 +114,13 @@ class DeepseekV3(DeepseekV2):
     def _check(self, spec: ModelSpec) -> None:
         require(spec.experts > 1, self, "at least two experts", spec)
         super()._check(spec)
+
+
+def _check_groups(config: PretrainedConfig) -> None:
+    """Raises :class:`InputError` unless the experts are made of equal groups, of which enough are open to a token."""
+    positive(config, "n_group", "topk_group")
+    experts, groups = config.n_routed_experts, config.n_group
+    if experts % groups:
+        raise InputError(f"n_group must divide the {experts} experts, got {groups}")
+    if config.topk_group > groups:
+        raise InputError(f"topk_group must be at most n_group {groups}, got {config.topk_group}")

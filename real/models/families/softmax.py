@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from real.models.families.base import Family, require
+from real.models.families.base import Family, positive, require
 from sim.spec import ModelSpec
 
 
@@ -17,6 +17,7 @@ class _SparseStep(Family):
     """Families whose dense layers are listed (``mlp_only_layers``) or regular (``decoder_sparse_step``)."""
 
     def _moe_layer_count(self, config: PretrainedConfig) -> int:
+        positive(config, "decoder_sparse_step")
         step, dense = config.decoder_sparse_step, set(config.mlp_only_layers)
         return sum(i not in dense and (i + 1) % step == 0 for i in range(config.num_hidden_layers))
 
