@@ -274,9 +274,11 @@ def check_times(result: RunResult) -> None:
         if row.step == BEFORE:
             arrived[row.slot] = 0.0
         elif row.op == "copy":
-            start_s, end_s = copies[where].pop(0)
-            assert start_s >= read.get(row.slot, 0.0) - 1e-9
-            arrived[row.slot] = end_s
+            free_s = read.get(row.slot, 0.0) - 1e-9
+            mine = next((times for times in copies[where] if times[0] >= free_s), None)
+            assert mine is not None, "a copy begins before its slot was last read"
+            copies[where].remove(mine)  # of an expert that is streamed and prefetched, the one that may be this
+            arrived[row.slot] = mine[1]
         elif row.op == "gpu":
             start_s, end_s = kernels[where]
             assert start_s >= arrived[row.slot] - 1e-9
