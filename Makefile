@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 CODE := traces sim real analysis moetwin.py tests $(wildcard benchmarks examples)
 
-.PHONY: help demo test lint format clean $(VENV)
+.PHONY: help demo test fuzz lint format clean $(VENV)
 
 help: ## show this list
 	@grep -hE '^[.a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([.a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -22,6 +22,9 @@ demo: $(STAMP) ## run the whole twin on the small model, and say where the repor
 
 test: lint ## lint, type-check, and run every test with coverage
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
+
+fuzz: $(STAMP) ## try the laws on examples that no run has seen, until interrupted
+	while $(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=fuzz -n auto --dist worksteal; do :; done
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(CODE)

@@ -8,7 +8,8 @@ from sim.plan import READ
 class HostMemory:
     """A book of the experts in host memory, the least recently used of which gives its room to the next.
 
-    It begins full, with the lowest blocks. An expert is used when it is copied to the device, or computed on the CPU.
+    It begins full, with the lowest blocks. An expert is used when it is copied to the device, or computed on the CPU,
+    and counts as used as soon as that is decided: also by a prefetch that is withdrawn later, whose read goes on.
     For each block it keeps the last operation of each kind on it, so that no room is written while it is being read.
     """
 

@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# `make test` tries the same examples in every run, so that what fails was changed; `make fuzz` looks for new ones.
+settings.register_profile("fixed", deadline=None, derandomize=True)
+settings.register_profile("fuzz", deadline=None)
+settings.load_profile("fixed")
 
 
 @pytest.fixture

@@ -308,7 +308,7 @@ def choices(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
     return torch.tensor([hidden]), torch.tensor([ids]), torch.tensor([weights]), draw(st.permutations(routed))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(choices(), st.frozensets(st.integers(0, 9)))
 def test_one_token_is_the_same_alone_and_in_any_order(
     choice: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]], cpu: frozenset[int]

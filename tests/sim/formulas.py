@@ -18,7 +18,7 @@ from traces.schema import Trace
 from traces.shipped import find_trace
 from traces.store import load
 
-FEW = settings(max_examples=10, deadline=None)
+FEW = settings(max_examples=10)
 LEFT, STREAMED = 0, 1  # as in Replay.log
 
 

@@ -124,7 +124,7 @@ def test_without_arrivals_a_request_arrives_when_it_begins() -> None:
     assert result.requests.start_s.tolist() == [0, 0, 7]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(plans(arrivals="poisson"))
 def test_both_machines_agree_and_nobody_begins_before_it_arrives(plan: Requests) -> None:
     result, lanes, _ = played(plan, closed=True)
@@ -142,7 +142,7 @@ def test_both_machines_agree_and_nobody_begins_before_it_arrives(plan: Requests)
     assert (times.start_s.to_numpy()[1:] >= times.end_s.to_numpy()[:-1]).all()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(plans(arrivals="poisson", batch=1))
 def test_one_lane_serves_in_turn(plan: Requests) -> None:
     rows = played(plan)[0].requests

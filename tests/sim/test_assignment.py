@@ -188,7 +188,7 @@ def test_fallbacks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("place", [name for name in PLACEMENT if PLACEMENT[name].takes_hits])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(workloads(), st.sampled_from([0.3, 1.0, 4.0]), st.sampled_from([0.4, 1.0, 3.0]), st.sampled_from([0.0, 0.8]))
 def test_a_simulated_layer_takes_as_long_as_its_placement_expected(
     place: str, workload: Workload, copy_s: float, cpu_s: float, first_s: float

@@ -296,7 +296,7 @@ def run_any(workload: Workload, slots: int, costs: HandCosts, staging: int, **sy
 
 
 @EVERY
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(runs(), st.sampled_from(["layer", "global"]))
 def test_the_contract(
     evict: str, place: str, case: tuple[Workload, int, HandCosts, dict[str, Any], int], scope: str
@@ -309,14 +309,14 @@ def test_the_contract(
     check_times(result)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(workloads(), st.integers(1, 8), st.sampled_from(["layer", "global"]))
 def test_nobody_misses_less_than_belady(workload: Workload, slots: int, scope: str) -> None:
     misses = {evict: total_misses(run(workload, slots, evict=evict, scope=scope)) for evict in ("lru", "lfu", "belady")}
     assert misses["belady"] == min(misses.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(workloads(), st.integers(1, 5), st.integers(1, 3), st.sampled_from(["layer", "global"]))
 def test_a_larger_lru_hits_whenever_a_smaller_one_did(workload: Workload, slots: int, more: int, scope: str) -> None:
     small, large = (run(workload, size, scope=scope).layers for size in (slots, slots + more))
@@ -324,7 +324,7 @@ def test_a_larger_lru_hits_whenever_a_smaller_one_did(workload: Workload, slots:
     assert (large["hits_assignments"] >= small["hits_assignments"]).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(workloads(), st.sampled_from(UNFITTED), st.sampled_from(["layer", "global"]))
 def test_a_cache_that_holds_everything_misses_once(workload: Workload, evict: str, scope: str) -> None:
     header = workload.trace.header
@@ -340,7 +340,7 @@ def test_a_cache_that_holds_everything_misses_once(workload: Workload, evict: st
     assert "evict" not in set(result.operations["op"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     workloads(batch=1, most_k=1, prompts=False),
     st.integers(1, 4),
@@ -361,7 +361,7 @@ def test_the_names_of_experts_do_not_matter_where_nothing_ties(
     pd.testing.assert_series_equal(before["misses"], after["misses"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(workloads(), st.integers(1, 5), st.sampled_from(UNFITTED), st.sampled_from([*PLACEMENT]))
 def test_decisions_do_not_depend_on_the_clock_without_prefetch(
     workload: Workload, slots: int, evict: str, place: str
@@ -379,7 +379,7 @@ def test_decisions_do_not_depend_on_the_clock_without_prefetch(
     pd.testing.assert_frame_equal(logs[0], logs[2])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(workloads(), st.integers(1, 5), st.sampled_from(["fetch", "cpu-on-miss", "static"]))
 def test_placements_that_weigh_nothing_do_not_depend_on_costs(workload: Workload, slots: int, place: str) -> None:
     logs = [run(workload, slots, costs, place=place).operations for costs in (HandCosts(), HandCosts(copy=9, gpu=0.1))]

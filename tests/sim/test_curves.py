@@ -130,7 +130,7 @@ def counted(found: Curve, place: int) -> list[list[int]]:
 @POLICIES
 @SCOPES
 @COMBINATIONS
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_curve_is_a_replay_at_each_capacity(policy: str, scope: Any, contract: Any, data: st.DataObject) -> None:
     unit: Any = data.draw(st.sampled_from(["slots", "bytes"]))
@@ -169,7 +169,7 @@ def test_the_curves_of_a_shipped_trace_are_those_of_its_replays(policy: str, sco
 
 
 @POLICIES
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(feed=feeds(), fresh=st.booleans())
 def test_more_room_never_hits_less_and_all_of_it_misses_first_uses_alone(policy: str, feed: Feed, fresh: bool) -> None:
     found = curve(feed, policy, scope="global", sequences="fresh" if fresh else "carry")
@@ -182,7 +182,7 @@ def test_more_room_never_hits_less_and_all_of_it_misses_first_uses_alone(policy:
 
 @SCOPES
 @COMBINATIONS
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(feed=feeds())
 def test_belady_hits_as_many_distinct_experts_as_lru_or_more(scope: Any, contract: Any, feed: Feed) -> None:
     lru, bound = (curve(feed, policy, scope=scope, contract=contract) for policy in ONE_PASS)

@@ -155,7 +155,7 @@ DEFERRING = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(workloads(), st.integers(1, 3), st.none() | st.integers(1, 12), DEFERRING, COSTS, st.integers(0, 1))
 def test_all_machines_tell_the_same_story(
     workload: Workload, slots: int, held: int | None, fields: dict[str, Any], costs: HandCosts, defer: int
@@ -168,7 +168,7 @@ def test_all_machines_tell_the_same_story(
         assert getattr(closed, name).equals(getattr(events, name)), name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(workloads(), st.integers(1, 3), COSTS, st.integers(1, 1))
 def test_deferral_never_costs_time_and_keeps_to_the_bounds(
     workload: Workload, slots: int, costs: HandCosts, defer: int

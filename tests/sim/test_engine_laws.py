@@ -161,7 +161,7 @@ def test_a_run_is_repeatable(workload: Workload, slots: int, system: dict[str, A
         pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(workloads(), st.integers(1, 6), HOST_SLOTS, PLACED, some_costs())
 def test_the_closed_form_and_the_events_tell_the_same_story(
     workload: Workload, slots: int, host_slots: int | None, system: dict[str, Any], costs: HandCosts
@@ -170,7 +170,7 @@ def test_the_closed_form_and_the_events_tell_the_same_story(
     assert_same_story(workload, slots, costs, host_slots=host_slots, **without)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(workloads(), st.integers(1, 6), SYSTEMS, some_costs(second=DYADIC, idle=st.sampled_from([0.0, 0.25, 1.0])))
 def test_they_agree_on_prefetches_too(workload: Workload, slots: int, system: dict[str, Any], costs: HandCosts) -> None:
     assert_same_story(workload, slots, costs, **{**system, "synchronous": False})

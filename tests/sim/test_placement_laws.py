@@ -20,7 +20,6 @@ from tests.sim.layers import SCHEDULED, hybrimoe, layers, optimal, policy, view
 
 
 @pytest.mark.parametrize("name", list(PLACEMENT))
-@settings(deadline=None)
 @given(layers(most=9))
 def test_an_assignment_splits_the_layer(name: str, layer: LayerView) -> None:
     placed = policy(name).place(layer)
@@ -35,13 +34,13 @@ def test_an_assignment_splits_the_layer(name: str, layer: LayerView) -> None:
 
 
 @pytest.mark.parametrize("name", list(PLACEMENT))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(layers(most=5))
 def test_nobody_ends_before_the_optimum(name: str, layer: LayerView) -> None:
     assert makespan_s(layer, policy(name).place(layer)) >= makespan_s(layer, optimal().place(layer)) - 1e-9
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(layers(most=4))
 def test_the_optimum_is_that_of_all_assignments_in_all_orders(layer: LayerView) -> None:
     loads = [*layer.hits, *layer.late, *layer.misses]
@@ -55,7 +54,7 @@ def test_the_optimum_is_that_of_all_assignments_in_all_orders(layer: LayerView) 
     assert makespan_s(layer, optimal().place(layer)) == pytest.approx(best)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(layers(most=8), st.sampled_from(["head", "ready-first"]), st.booleans())
 def test_hybrimoe_is_never_slower_than_one_device_alone(layer: LayerView, order: str, takes: bool) -> None:
     experts = [expert for part in (layer.hits, layer.late, layer.misses) for expert, _ in part]
@@ -67,7 +66,7 @@ def test_hybrimoe_is_never_slower_than_one_device_alone(layer: LayerView, order:
         assert not {expert for expert, _ in layer.late}.intersection(placed.cpu)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(layers(most=8), st.sampled_from(["head", "ready-first"]))
 def test_the_clocks_of_the_walk_are_those_of_its_assignment(layer: LayerView, order: str) -> None:
     moves = hybrimoe(gpu_order=order).moves(layer)
@@ -76,7 +75,6 @@ def test_the_clocks_of_the_walk_are_those_of_its_assignment(layer: LayerView, or
 
 
 @pytest.mark.parametrize("name", SCHEDULED)
-@settings(deadline=None)
 @given(layers(most=8))
 def test_a_case_that_is_remembered_is_decided_as_if_it_were_new(name: str, layer: LayerView) -> None:
     """The names of experts matter where loads are equal, and then only by their order."""
@@ -98,7 +96,7 @@ def test_the_optimum_of_many_experts_does_not_wait_for_what_the_cpu_can_compute(
     assert makespan_s(layer, placed) == pytest.approx(1.0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(layers(most=8))
 def test_with_equal_loads_the_many_experts_search_is_as_good_as_that_of_all_sets(layer: LayerView) -> None:
     parts = ("hits", "late", "misses")

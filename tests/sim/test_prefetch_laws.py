@@ -19,7 +19,7 @@ from traces.workload import NEVER, Workload, next_uses, one_at_a_time, routings
 
 EVERY = pytest.mark.parametrize("name", [*PREFETCH])
 COSTS = HandCosts(copy=0.7, gpu=0.3, cpu=0.9, host=host(joins_layers=False))
-FEW = settings(max_examples=15, deadline=None)
+FEW = settings(max_examples=15)
 
 Asked = tuple[PrefetchView, list[bool], list[int]]
 """What a policy was shown, which blocks were there, and what it wanted."""

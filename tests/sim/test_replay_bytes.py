@@ -42,7 +42,7 @@ def test_equal_bytes_are_misses_times_the_size(by_object: bool) -> None:
 
 @pytest.mark.parametrize("name", ["lru", "arc", "belady"])
 @pytest.mark.parametrize("contract", ["atomic", "serial"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_the_bytes_of_the_passes_add_up_to_the_bytes_loaded(name: str, contract: str, data: Any) -> None:
     trace = data.draw(traces(unequal=True).filter(lambda trace: len(set(trace.header.expert_bytes)) > 1))

@@ -90,7 +90,7 @@ def cases(draw: st.DrawFn) -> tuple[Feed, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CLASSICS)
 @given(case=cases())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_twin_decides_as_its_object(name: str, case: tuple[Feed, dict[str, Any]]) -> None:
     feed, asked = case
     options = {"window": 7} if name == "lfu-decay" else {"small": 0.4} if name == "s3fifo" else {}

@@ -39,8 +39,8 @@ from traces.schema import NOT_ROUTED, Array, Trace
 
 CONTRACT = pytest.mark.parametrize("contract", ["atomic", "serial"])
 SCOPE = pytest.mark.parametrize("scope", ["layer", "global"])
-FEW = settings(max_examples=10, deadline=None)
-SOME = settings(max_examples=20, deadline=None)
+FEW = settings(max_examples=10)
+SOME = settings(max_examples=20)
 
 FORCED = [name for name, kind in EVICTION.items() if not kind.bypass]
 """Policies that keep each miss under the serial contract."""

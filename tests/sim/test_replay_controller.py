@@ -41,7 +41,7 @@ def misses_of_replay(feed: Feed, slots: int, name: str, scope: Any) -> dict[tupl
 
 @pytest.mark.parametrize("name", ALONE)
 @SCOPE
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_a_run_misses_what_the_replay_misses(name: str, scope: str, data: Any) -> None:
     """Event by event, whatever the batch; the passes of both are the same where a prompt is one pass."""

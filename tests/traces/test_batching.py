@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.traces.requesting import arriving, plans, play, requests_of, table
@@ -122,14 +122,12 @@ def test_two_runs_of_the_same_requests_do_not_share_a_state(tmp_path: Path) -> N
     assert table([step for _, _, step in first]) == table([step for _, _, step in second])
 
 
-@settings(deadline=None)
 @given(traces(), st.integers(1, 5))
 def test_lanes_in_lock_step_make_the_batches_of_lock_step(trace: Trace, batch: int) -> None:
     spec = BatchSpec(batch=batch)
     assert table(Requests(trace, spec, None).in_order().steps) == table(lock_step(trace, batch).steps)
 
 
-@settings(deadline=None)
 @given(traces(), st.sampled_from(["lock-step", "continuous"]))
 def test_one_lane_is_one_at_a_time(trace: Trace, batching: Any) -> None:
     workload = Requests(trace, BatchSpec(batching=batching), None).in_order()
@@ -137,7 +135,6 @@ def test_one_lane_is_one_at_a_time(trace: Trace, batching: Any) -> None:
     assert workload.describe() == one_at_a_time(trace).describe()
 
 
-@settings(deadline=None)
 @given(plans())
 def test_every_row_is_computed_once_in_order_of_its_sequence(plan: Requests) -> None:
     trace, played = plan.trace, play(plan.scheduler(), seconds)
@@ -157,7 +154,6 @@ def test_every_row_is_computed_once_in_order_of_its_sequence(plan: Requests) -> 
     assert max(step.context for step in steps) == plan.context
 
 
-@settings(deadline=None)
 @given(plans())
 def test_lanes_chunks_and_arrivals_are_respected(plan: Requests) -> None:
     spec, scheduler = plan.spec, plan.scheduler()
@@ -180,7 +176,6 @@ def test_lanes_chunks_and_arrivals_are_respected(plan: Requests) -> None:
         free_s = end_s
 
 
-@settings(deadline=None)
 @given(plans(batching="continuous"))
 def test_whoever_decodes_waits_for_one_prefill_pass_at_most(plan: Requests) -> None:
     decoding: set[int] = set()
@@ -200,7 +195,6 @@ def test_whoever_decodes_waits_for_one_prefill_pass_at_most(plan: Requests) -> N
         before = step.phase
 
 
-@settings(deadline=None)
 @given(plans(batching="continuous"))
 def test_first_come_first_served(plan: Requests) -> None:
     if plan.spec.prefill_chunk or (plan.trace.phase == D).all():
@@ -213,7 +207,6 @@ def test_first_come_first_served(plan: Requests) -> None:
     assert begun == [one for one in order if one in with_prompt]
 
 
-@settings(deadline=None)
 @given(plans(arrivals=None), st.lists(st.floats(0.1, 9.0), min_size=1, max_size=5))
 def test_without_arrivals_the_order_does_not_depend_on_time(plan: Requests, times_s: list[float]) -> None:
     played = play(plan.scheduler(), lambda step: times_s[step.index % len(times_s)])

@@ -174,7 +174,7 @@ def test_slice_offers_near_domains_and_names_a_missing_phase() -> None:
     phase=st.sampled_from([None, *Phase]),
     tokens=st.sampled_from([None, 1, 2]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_slices_can_be_taken_one_after_the_other(
     seed: int, sequences: str, layers: str, phase: Phase | None, tokens: int | None
 ) -> None:
@@ -259,7 +259,7 @@ def test_concat_needs_two() -> None:
 
 
 @given(seeds=st.lists(st.integers(0, 20), min_size=2, max_size=4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_slice_of_a_concat_is_the_part(seeds: list[int]) -> None:
     parts = [made(seed=seed) for seed in seeds]
     joined = concat(parts).trace

@@ -86,7 +86,7 @@ def origin(trace: Trace) -> dict[str, Any]:
     seed=st.integers(0, 100),
     chunk=st.sampled_from([1, 7, 10_000]),
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_can_be_read_back(
     tmp_path: Path, ending: str, seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

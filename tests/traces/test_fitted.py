@@ -55,7 +55,7 @@ def test_options_do_not_change_the_routing() -> None:
     np.testing.assert_array_equal(plain.gates, full.gates)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sequences=st.integers(1, 4),
     tokens=st.tuples(st.integers(0, 5), st.integers(1, 5)),

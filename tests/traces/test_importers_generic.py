@@ -174,7 +174,7 @@ def traces(draw: st.DrawFn) -> Trace:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trace=traces(), ending=st.sampled_from(["csv", "jsonl", "csv.gz", "jsonl.gz"]))
 def test_what_is_exported_comes_back(trace: Trace, ending: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -141,7 +141,7 @@ def test_uniform_union_counts_distinct_draws() -> None:
 
 
 @given(trace=traces())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_sch_grows_with_the_capacity_to_all(trace: Trace) -> None:
     curves = segment_hits(trace)
     curves = curves[~np.isnan(curves).any(axis=-1)]
@@ -160,7 +160,7 @@ def rounded(record: Any) -> Any:
 
 
 @given(trace=traces(), seed=st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_names_of_experts_do_not_matter(trace: Trace, seed: int) -> None:
     order = np.random.default_rng(seed).permutation(trace.header.experts)
     renamed = np.where(trace.expert_ids == NOT_ROUTED, NOT_ROUTED, order[trace.expert_ids % trace.header.experts])

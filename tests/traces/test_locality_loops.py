@@ -104,7 +104,7 @@ def slow_sch(trace: Trace, layer: int, window: int, slots: int) -> float:
 
 
 @given(trace=traces(), piece=st.sampled_from([1, 40, 10_000]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_number_is_what_plain_loops_give(trace: Trace, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "PIECE_ELEMENTS", piece)
     layers, experts = range(trace.header.layers), trace.header.experts

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from traces.errors import InputError
@@ -128,7 +128,6 @@ def pieces(trace: Trace, lane: list[int], phase: int, whole: bool) -> list[list[
     return out
 
 
-@settings(deadline=None)
 @given(recordings(), st.integers(1, 6), st.booleans())
 def test_the_passes_are_those_of_the_slow_model(trace: Trace, batch: int, whole: bool) -> None:
     plan: Any = schedule(trace, batch, whole_prompts=whole)

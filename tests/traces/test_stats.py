@@ -89,7 +89,7 @@ def test_lru_runs_sequence_after_sequence_with_the_cache_carried_over() -> None:
     assert lru_hit_ratio(decode_trace([[[0]], [[0]]], [0, 1]), 1) == 1 / 2
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 99), st.floats(0, 1))
 def test_a_larger_lru_cache_never_hits_less(seed: int, locality: float) -> None:
     sizes = Sizes(sequences=2, prompt_tokens=5, new_tokens=20, layers=2, experts=8, top_k=3)

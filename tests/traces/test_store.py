@@ -106,7 +106,7 @@ def made_traces(draw: st.DrawFn) -> Trace:
     return Trace.of(header, **dict(trace.arrays()))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(made_traces())
 def test_any_trace_survives(trace: Trace) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -123,7 +123,7 @@ def test_one_long_phase_is_zipf() -> None:
     np.testing.assert_array_equal(phase_change(rng(), LONG, period=10**6).expert_ids, zipf(rng(), LONG).expert_ids)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 9),
     experts=st.integers(1, 40),

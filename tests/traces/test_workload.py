@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from traces import NOT_ROUTED, InputError, Phase, Trace, TraceHeader
@@ -129,7 +129,6 @@ def traces_of_any_shape(draw: st.DrawFn) -> Trace:
     return trace_of(rows, ids, experts)
 
 
-@settings(deadline=None)
 @given(traces_of_any_shape(), st.integers(1, 5))
 def test_every_row_is_computed_once_in_order_of_its_sequence(trace: Trace, batch: int) -> None:
     workload = lock_step(trace, batch)
@@ -154,7 +153,6 @@ def naive_routing(trace: Trace, rows: list[int], layer: int) -> Routing:
     return Routing(tuple(union), tuple(chosen.count(e) for e in union), len(chosen))
 
 
-@settings(deadline=None)
 @given(traces_of_any_shape(), st.integers(1, 5))
 def test_routings_are_the_union_and_its_counts(trace: Trace, batch: int) -> None:
     for step in lock_step(trace, batch):
@@ -182,7 +180,6 @@ def test_next_uses_golden() -> None:
     assert future.next_use(0, -1) == 0
 
 
-@settings(deadline=None)
 @given(
     traces_of_any_shape(),
     st.integers(1, 3),
