@@ -17,7 +17,6 @@ try:
     from functools import partial, wraps
     from importlib import import_module
     from importlib.metadata import PackageNotFoundError, version
-    from pathlib import Path
     from typing import TYPE_CHECKING, Annotated, Any
 
     import typer
@@ -27,13 +26,7 @@ except KeyboardInterrupt:  # these take a tenth of a second, and nothing below w
     sys.exit(INTERRUPTED)
 
 if TYPE_CHECKING:  # a room is imported when one of its commands runs
-    from real.decode import Machine
-    from sim.costs import Costs
-    from sim.systems import Budget, SystemSpec
     from traces.known import KnownModel
-    from traces.schema import Trace
-
-DEMO = Path("moetwin-demo")
 
 _parser: Any = import_module(typer.BadParameter.__module__)
 """Where the parser's errors live: click, or the copy of it that newer releases of typer carry."""
@@ -68,7 +61,11 @@ ENTRIES: dict[str, Entry] = {
     "timeline": Entry("analysis.cli_timeline:timeline", "Write runs as a timeline for a trace viewer."),
     "decode": Entry("real.cli_run:decode", "Decode prompts for real, with only part of the experts on the device."),
     "calibrate": Entry("real.cli_run:calibrate", "Measure this machine, and write its hardware profile."),
-    "demo": Entry("moetwin:demo", "Run the whole twin on the small model that ships, and write a report."),
+    "demo": Entry(
+        "real.cli_demo:demo",
+        "Run the whole twin on the small model that ships, and write a report.",
+        then="analysis.demo:present",
+    ),
     "compare": Entry("analysis.cli:compare", "Compare measured with simulated runs, and write a report."),
     "validate": Entry(
         "real.cli_validate:validate",
@@ -287,140 +284,6 @@ def _root(
 
     Examples: "moetwin models list", "moetwin hardware show a6000-xeon5220r", "moetwin trace info TRACE".
     """
-
-
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the report, the trace, the profile and both runs.")] = DEMO,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")] = "auto",
-    repeats: Annotated[int, typer.Option(min=2, help="Measured runs; each token's fastest one counts.")] = 7,
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that holds other files.")] = False,
-) -> None:
-    """Run the whole twin on the small model that ships: decode, record, calibrate, simulate, compare, report.
-
-    A real model decodes real prompts with a quarter of its experts on the device; the same policy objects then run in
-    simulated time on what was recorded, with costs measured on this machine.
-
-    Examples:
-
-      moetwin demo
-
-      moetwin demo --device cuda --out demo-gpu
-    """
-    from sim.results import check_folder, write_folder
-
-    check_folder(out, force=force)
-    twin = _run_twin(device, repeats)
-    write_folder(out, twin.write, force=force)
-    twin.show(out)
-
-
-class _Twin:
-    """Both runs of the demo and what belongs to them."""
-
-    def __init__(self, **parts: Any) -> None:
-        self.parts = parts
-
-    def write(self, folder: Path) -> None:
-        """Writes everything that the demo made into ``folder``."""
-        from analysis.report import render_markdown, write_report
-        from analysis.timeline import write_perfetto
-        from traces.store import save
-
-        parts = self.parts
-        measured, simulated = parts["measured"], parts["simulated"]
-        save(parts["trace"], folder / "trace.safetensors")
-        parts["profile"].save(folder / "profile.toml")
-        measured.save(folder / "measured")
-        simulated.save(folder / "simulated")
-        write_perfetto(folder / "timeline.perfetto.json", [measured, simulated])
-        (folder / "report.md").write_text(render_markdown(parts["comparison"]), encoding="utf-8")
-        write_report(
-            folder / "report.html",
-            comparison=parts["comparison"],
-            measured=measured,
-            simulated=simulated,
-            trace=parts["trace"],
-            samples=parts["samples"],
-            facts=parts["facts"],
-        )
-
-    def show(self, out: Path) -> None:
-        """Prints the outcome, what it was run on, and where the report is."""
-        from rich.console import Console
-
-        from analysis.cli import outcome_table
-        from analysis.report import verdict
-
-        console = Console(highlight=False)
-        console.print(outcome_table(self.parts["comparison"]))
-        console.print(verdict(self.parts["comparison"]))
-        console.print(f"device: {self.parts['facts']['device']}")
-        console.print(f"report: {(out / 'report.html').resolve()}", soft_wrap=True)
-
-
-def _run_twin(device: str, repeats: int) -> _Twin:
-    from analysis.compare import compare
-    from real.calibrate import calibrate
-    from real.cli_run import machine_of
-    from real.decode import replay
-    from real.jobs import predicted_costs
-    from real.progress import bar, status
-    from sim.profile import ProfileCosts
-    from sim.run import simulate
-    from sim.systems import SystemSpec, parse_capacity
-    from traces.workload import one_at_a_time
-
-    system = SystemSpec()
-    with machine_of("moetwin-small", device=device) as machine:
-        spec = machine.loaded.spec
-        budget, rough = parse_capacity("25%", layers=spec.moe_layers, experts=spec.experts), predicted_costs(spec)
-        trace, samples = _decoded(machine, system, budget, rough)
-        workload = one_at_a_time(trace)
-        with bar("measuring", repeats * len(workload)) as advance:
-            runs = [replay(machine, workload, system, budget, rough, progress=advance) for _ in range(repeats)]
-        with status("calibrating this machine") as say:
-            profile = calibrate(machine, name=machine.hardware, progress=say)
-    simulated = simulate(workload, system, budget, ProfileCosts(profile, spec), hardware=profile.name)
-    return _Twin(
-        trace=trace,
-        profile=profile,
-        measured=runs[0],
-        simulated=simulated,
-        comparison=compare(runs[0], simulated, repeats=runs[1:], calibration_mean_s=profile.token_s),
-        samples=samples,
-        facts={"device": _device_line(machine.device.name, machine.hardware), **profile.machine},
-    )
-
-
-def _decoded(machine: Machine, system: SystemSpec, budget: Budget, costs: Costs) -> tuple[Trace, list[tuple[str, str]]]:
-    """The routing of one prompt of every domain that ships, sampled with seed 0; each prompt with its continuation."""
-    from real.decode import decode
-    from real.generate import Sampler
-    from real.progress import bar
-    from real.record import encode
-    from traces.prompts import SHIPPED_PROMPTS, digest, load_prompts
-
-    every = load_prompts(SHIPPED_PROMPTS)
-    prompts = list({prompt.domain: prompt for prompt in reversed(every)}.values())[::-1]
-    encoded = [tokens[:48] for tokens in encode(machine.loaded, prompts)]
-    with bar("decoding", len(prompts) * 40) as advance:
-        _, trace, tokens = decode(
-            machine,
-            encoded,
-            system,
-            budget,
-            costs,
-            max_new_tokens=40,
-            sampler=Sampler(temperature=0.8),
-            progress=advance,
-            domains=tuple(prompt.domain for prompt in prompts),
-            prompts_digest=digest(prompts),
-        )
-    return trace, [(machine.text(start), machine.text(new)) for start, new in zip(encoded, tokens, strict=True)]
-
-
-def _device_line(name: str, hardware: str) -> str:
-    return f"GPU {hardware}" if name == "cuda" else "no GPU was found or asked for: the CPU played its role"
 
 
 def main() -> None:
