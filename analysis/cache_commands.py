@@ -144,11 +144,12 @@ def _draw_curves(
 
 
 def _print_curves(session: Session, found: Curves) -> None:
-    console = tables.console()
     columns = {setting.capacity.label: found.at(place) for place, setting in enumerate(found.settings)}
-    tables.print_lines(console, _title(session))
     bound = all(line.exact for line in found.lines)
-    console.print(tables.curve_table(columns, [choice.name for choice in session.choices], bound=bound))
+    table = tables.curve_table(columns, [choice.name for choice in session.choices], bound=bound)
+    console = tables.console(table)
+    tables.print_lines(console, _title(session))
+    console.print(table)
     if found.lines:
         knees = "; ".join(_knee(line, found.phase) for line in found.lines)
         experts = session.feed.trace.header.experts
@@ -197,4 +198,5 @@ def list_policies(*, as_json: bool) -> None:
     if as_json:
         tables.echo_rows(rows)
     else:
-        tables.console().print(tables.policy_table(rows))
+        table = tables.policy_table(rows)
+        tables.console(table).print(table)

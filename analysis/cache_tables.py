@@ -19,6 +19,7 @@ from rich.table import Table
 from analysis import text
 from analysis.cache_study import BOUND, Cell
 from sim.policies.base import EvictionPolicy
+from sim.printing import console_for
 from sim.replay.settings import UNSIZED
 from traces.errors import InputError
 from traces.store import check_target
@@ -44,10 +45,12 @@ def check_out(path: Path | None, endings: Sequence[str], *, force: bool) -> None
     check_target(path, force=force)
 
 
-def console() -> Console:
-    """Where tables go."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=max(found.width, WIDE))
+def console(*tables: Table) -> Console:
+    """Where tables go, wide enough for ``tables``."""
+    found = console_for(*tables)
+    if not found.is_terminal:
+        found.width = max(found.width, WIDE)
+    return found
 
 
 def replay_table(cells: Sequence[Cell], *, bound: bool, phases: bool, wide: bool = True) -> Table:
@@ -107,7 +110,7 @@ def print_replays(cells: Sequence[Cell], *, title: str, bound: bool, phases: boo
     if Measurement.get(out, out.options.update(max_width=10_000), table).maximum > out.width:
         table = replay_table(cells, bound=bound, phases=phases, wide=False)
     print_lines(out, title)
-    out.print(table)
+    console(table).print(table)
     print_lines(out, "", *verdicts(cells, bound=bound))
 
 
@@ -254,10 +257,11 @@ def policy_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 def print_locality(record: dict[str, Any], name: str) -> None:
     """The verdict, and the numbers that it rests on; ``name`` is that of the model and the trace."""
-    out = console()
+    parts = (_overlaps(record), _segments(record), _sizes(record), _orders(record))
+    out = console(*(table for _, table in parts))
     print_lines(out, f"{name}: {record['tokens']:,} tokens of {record['sequences']:,} sequences")
     out.print(record["verdict"]["sentence"], markup=False, soft_wrap=True)
-    for title, table in (_overlaps(record), _segments(record), _sizes(record), _orders(record)):
+    for title, table in parts:
         print_lines(out, "", title)
         out.print(table)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from analysis import text
@@ -20,6 +19,7 @@ from analysis.frames import load_runs
 from analysis.report import render_markdown, render_report, system_label, verdict
 from analysis.timeline import write_perfetto
 from sim.grouped import grouped
+from sim.printing import console_for
 from sim.results import check_folder
 from traces.errors import InputError
 from traces.schema import Trace
@@ -35,12 +35,14 @@ class MeasuredRuns:
 
     measured: Annotated[
         Path | None,
-        typer.Option(help="Instead of two runs: a measured run, or a folder of them, each simulated on --profile."),
+        typer.Option(
+            help="Instead of two runs: a measured run or a folder of them (a validation's), simulated on --profile."
+        ),
     ] = None
     profile: Annotated[Path | None, typer.Option(help="The profile to simulate measured runs on.")] = None
     calibration: Annotated[
         Path | None,
-        typer.Option(help="With --measured: the trace that fitted systems learned from, if it is not beside the runs."),
+        typer.Option(help="With --measured: the trace that fitted systems learned from, if it is not found as theirs."),
     ] = None
 
     def judge(self, trace: Path | None, out: Path, *, as_json: bool, force: bool) -> None:
@@ -120,7 +122,8 @@ def compare(
 ) -> None:
     """Compare a measured with a simulated run of the same work, or simulate measured runs, and write a report.
 
-    With --measured the runs' trace is sought beside them and among those that ship, unless --trace names its file.
+    With --measured each run's trace is sought beside it, in the folders above and among those that ship, unless --trace
+    names its file. Runs that cannot be judged are left out, and told on stderr.
 
     Examples:
 
@@ -182,8 +185,9 @@ def _show(outcome: Comparison, written: dict[str, Path], *, as_json: bool) -> No
     if as_json:
         typer.echo(json.dumps({**outcome.to_dict(), **{name: str(path) for name, path in written.items()}}))
         return
-    console = Console(highlight=False)
-    console.print(outcome_table(outcome))
+    table = outcome_table(outcome)
+    console = console_for(table)
+    console.print(table)
     console.print(verdict(outcome))
     for name, path in written.items():
         console.print(f"{name}: {path}", soft_wrap=True)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
+from analysis import text
 from analysis.heartbeat import Heartbeat
 from sim import options
 from sim.grouped import grouped
 from sim.presets import Preset
+from sim.printing import console_for
 from sim.results import RunResult, check_folder, write_folder
 from sim.scenario import MOST_SEED, Prepared, Scenario, alongside
 from sim.spec import catalogue
 from sim.spec.catalogue import REFERENCE_MACHINE
 from traces.errors import InputError, unknown_name
 from traces.limits import MOST_BATCH
+
+if TYPE_CHECKING:
+    from sim.bounds import Bounds
 
 SYSTEMS_PLOT = "systems.png"
 DEFAULT_CACHE = "25%"
@@ -133,7 +139,7 @@ def simulate(
         Path | None, typer.Option(help="Folder for the result's tables; of --systems, one each in it.")
     ] = None,
     force: options.Force = False,
-    as_json: options.AsJson = False,
+    as_json: options.AsJsonLines = False,
 ) -> None:
     """Replay a trace in simulated time: what is fetched, and how long it takes.
 
@@ -165,13 +171,32 @@ def simulate(
 def _simulate_one(scenario: Scenario, *, events: bool, out: Path | None, force: bool, as_json: bool) -> None:
     if out is not None:
         check_folder(out, force=force)
+    from sim.bounds import lower_bound, regret_of
+
     prepared = scenario.prepare()
     with _progress(prepared.steps) as progress:
         run = prepared.run(events=events and out is not None, operations=out is not None, progress=progress)
-    extra = {} if out is None else {"result": str(run.save(out, force=force))}
-    if not as_json:
-        extra = {"memory": prepared.memory.told(), **extra}
-    options.show_run(run, as_json=as_json, extra=extra)
+        bounds = None if prepared.workload is None else lower_bound(prepared)
+    _keep(bounds, run)
+    regret = regret_of(run, bounds)
+    extra = regret if as_json else {**_told_bound(regret), "memory": prepared.memory.told()}
+    saved = {} if out is None else {"result": str(run.save(out, force=force))}
+    options.show_run(run, as_json=as_json, extra={**extra, **saved})
+
+
+def _keep(bounds: Bounds | None, run: RunResult) -> None:
+    """Notes in a result what it is bound by."""
+    if bounds is not None:
+        run.info = run.info.model_copy(update={"bounds_s": bounds.told_s})
+
+
+def _told_bound(regret: Mapping[str, float | None]) -> dict[str, str]:
+    """The bound of a decode token, and how far above it the run is, as a row of its table."""
+    bound_s, beyond_s, share = (regret[name] for name in ("bound_token_s", "regret_token_s", "regret"))
+    if bound_s is None or beyond_s is None or share is None:
+        return {}
+    above = f"{text.number(beyond_s * 1e3, 'ms')} ({text.percent(share)}) above it on average"
+    return {"least for a token, by bound": f"{text.number(bound_s * 1e3, 'ms')}; {above}"}
 
 
 def _simulate_all(
@@ -186,11 +211,12 @@ def _simulate_all(
     ready, left_out = _prepared(alongside(scenario, systems))
     prepared = [one for _, one in ready]
     known = all(one.workload is not None for one in prepared)
-    bounds: Sequence[Any] = lower_bounds(prepared) if known else [None] * len(prepared)
+    bounds: Sequence[Bounds | None] = lower_bounds(prepared) if known else [None] * len(prepared)
     entries = []
     with _progress(_steps(prepared)) as progress:
         for (preset, one), bound in zip(ready, bounds, strict=True):
             run = one.run(events=events, progress=progress)
+            _keep(bound, run)
             entries.append(Entry(preset, run, one.costs, bound))
     records = side_by_side(entries)
     for name, reason in left_out.items():
@@ -210,8 +236,9 @@ def _simulate_all(
         for record in records:
             typer.echo(json.dumps({**record, "notes": notes[record["system"]]}))
         return
-    console = Console(highlight=False)
-    console.print(systems_table(records, title))
+    tables = systems_table(records, title)
+    console = console_for(*[table for table in tables.renderables if isinstance(table, Table)])
+    console.print(tables)
     for line in (*verdicts(records), *options.notes_of([(entry.name, entry.run) for entry in entries])):
         console.print(line, soft_wrap=True, markup=False)
     if out is not None:

@@ -128,7 +128,9 @@ def plot_command(
     is interpolated between the points on either side, on the logarithm of the
     axis where its largest value is eight times the smallest or more. Points
     whose decode rate cannot be told from the best, over the same resamples of
-    the sequences, are named.
+    the sequences, are named. Bounds (who knows the future, or holds every
+    expert) and points that compute something else than the model are shown
+    apart and win nothing. GPU memory that is not equal is told.
 
     Examples:
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from rich.console import Console
-
 from analysis.cli import outcome_table
 from analysis.compare import Comparison, compare
 from analysis.report import render_markdown, verdict, write_report
 from analysis.timeline import write_perfetto
+from sim.printing import console_for
 from sim.results import RunResult, write_folder
 from sim.spec.profile import Profile
 from traces.schema import Trace
@@ -35,8 +34,9 @@ def present(ran: Ran) -> None:
     measured, *repeats = ran.measured
     comparison = compare(measured, ran.simulated, repeats=repeats, calibration_mean_s=ran.profile.token_s)
     write_folder(ran.folder, lambda draft: _write(draft, ran, comparison), force=ran.force)
-    console = Console(highlight=False)
-    console.print(outcome_table(comparison))
+    table = outcome_table(comparison)
+    console = console_for(table)
+    console.print(table)
     console.print(verdict(comparison))
     console.print(f"device: {ran.facts['device']}")
     console.print(f"report: {(ran.folder / 'report.html').resolve()}", soft_wrap=True)

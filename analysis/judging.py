@@ -19,6 +19,7 @@ from analysis.compare import json_ready
 from analysis.measured import PROFILE_FILE, Twin, comparisons, groups_of
 from analysis.validation import Tables, figures
 from analysis.validation_report import Outcome, cards, point_table, render_html, render_markdown, verdict
+from sim.printing import console_for
 from sim.results import write_folder
 from sim.spec.profile import Profile
 from traces.errors import InputError
@@ -42,16 +43,24 @@ def judge(measured: Measured) -> None:
     """Simulates and judges what a validation has measured so far, writes it into its folder, and tells the outcome."""
     folder = measured.folder
     parts = [(path.parent, path) for path in sorted(folder.glob(f"*/{PROFILE_FILE}")) if _has_runs(path.parent)]
-    if not parts:
-        typer.echo(
-            f"nothing to judge yet: {measured.done} of {measured.total} pieces are measured; call again to go on"
-        )
-        return
-    outcome = outcome_of(parts, facts=_facts(folder), missing=_missing(measured))
-    write_folder(folder, lambda draft: _write(draft, outcome), force=True)
+    if parts:
+        outcome = outcome_of(parts, facts=_facts(folder), missing=_missing(measured))
+        write_folder(folder, lambda draft: _write(draft, outcome), force=True)
     if measured.archive is not None:
         pack(folder, measured.archive)
-    show(outcome, folder / PAGE, as_json=measured.as_json)
+    if parts:
+        show(outcome, folder / PAGE, as_json=measured.as_json)
+    else:
+        _show_nothing(measured)
+
+
+def _show_nothing(measured: Measured) -> None:
+    """Tells that there is nothing to judge, as JSON with the fields of a summary that are known."""
+    told = f"nothing to judge yet: {measured.done} of {measured.total} pieces are measured; call again to go on"
+    if measured.as_json:
+        typer.echo(json.dumps({"complete": False, "missing": [told], "overall": None, "report": None}))
+    else:
+        typer.echo(told)
 
 
 def outcome_of(
@@ -62,13 +71,29 @@ def outcome_of(
     trace: Path | None = None,
     calibration: Path | None = None,
 ) -> Outcome:
-    """Judges every measured run in each (folder, profile); files not given are sought as :class:`Twin` does."""
-    work = [(folder, groups_of(folder), Twin.of(folder, profile, trace, calibration)) for folder, profile in parts]
-    with _bar(sum(len(groups) for _, groups, _ in work)) as advance:
-        tables = Tables.of(one for folder, groups, twin in work for one in comparisons(folder, groups, twin, advance))
-    profiles = [twin.profile for _, _, twin in work]
+    """Judges every measured run in each (folder, profile); files not given are sought as :class:`Twin` does.
+
+    Runs that cannot be judged are left out, and told on stderr and in the outcome. Raises :class:`InputError` when
+    no others are left.
+    """
+    work = [(groups_of(folder), Twin.of(profile, trace, calibration)) for folder, profile in parts]
+    points, left_out = sum(len(groups) for groups, _ in work), dict[str, str]()
+    with _bar(points) as advance:
+        judged = [one for groups, twin in work for one in comparisons(groups, twin, left_out, advance)]
+    if not judged:
+        where, reason = next(iter(left_out.items()))
+        raise InputError(f"measured must hold runs that can be judged, got none of {points}; {where}: {reason}")
+    for where, reason in left_out.items():
+        typer.echo(f"left out: {where}: {reason}", err=True)
+    tables, profiles = Tables.of(judged), [twin.profile for _, twin in work]
     facts = {**facts, **{f"profile of {one.model.name}": _about(one) for one in profiles}}
+    facts |= {f"left out: {where}": reason for where, reason in left_out.items()}
+    missing = [*missing, *([_left_out(len(left_out), points)] if left_out else [])]
     return Outcome(tables, figures(tables), facts, profiles[0].device, missing)
+
+
+def _left_out(count: int, points: int) -> str:
+    return f"{count} of {points} points could not be judged and {'was' if count == 1 else 'were'} left out."
 
 
 def write_report(out: Path, outcome: Outcome, *, force: bool) -> None:
@@ -81,8 +106,9 @@ def show(outcome: Outcome, page: Path, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({**summary(outcome), "report": str(page)}))
         return
-    console = Console(highlight=False)
-    console.print(point_table(outcome))
+    table = point_table(outcome)
+    console = console_for(table)
+    console.print(table)
     console.print(verdict(outcome))
     for card in cards(outcome):
         console.print(f"{card.title}: {card.value} ({card.outcome})")

@@ -1,21 +1,25 @@
 """Folders of measured runs: which of them are repeats of the same work, and what the simulator says of each.
 
-A run tells what it ran (model, system, slots, trace, workload) but holds no trace. The one that was replayed is found
-by content among files, beside the runs and among the recordings that ship. No run tells what fitted systems learned
-from: that is the file given for it, or the nearest ``calibration.safetensors`` in the folder of the runs or above it.
+A run tells what it ran (model, system, slots, trace, workload) but holds no trace. The one that was replayed, and the
+one that fitted systems learned from, are found by content among files: in the run's folder and those above it, and
+among the recordings that ship. An older run does not tell what it learned from: that is then the nearest file.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.compare import compare
+from analysis.decisions import promises_counts
 from analysis.frames import fastest, step_frame
 from analysis.validation import Judged
-from sim.profile import ProfileCosts
+from sim.needs import check_needs
+from sim.profile import ProfileCosts, other_threads
 from sim.results import RunInfo, RunResult
 from sim.spec.profile import Profile
 from sim.systems import Budget, SystemSpec
@@ -30,11 +34,11 @@ if TYPE_CHECKING:
     from sim.replay.calibration import TraceCalibration
 
 TRACE_FILE, CALIBRATION_FILE, PROFILE_FILE = "trace.safetensors", "calibration.safetensors", "profile.toml"
-"""What stands beside the runs of a validation."""
+"""What stands beside the runs of a validation, or above them."""
 
 DIGEST_LETTERS = 8
 
-LEVELS = 4
+LEVELS = 6
 """How far above a run those files may stand."""
 
 CONSTANTS = "constants"
@@ -49,8 +53,22 @@ WORK = (
     "staging_slots",
     "trace_digest",
     "workload",
+    "cpu_threads",
+    "costs",
+    "calibration_digest",
+    "recorded",
 )
-"""Fields of a run that are equal in all repeats of the same work."""
+"""Fields of a run that are equal in all repeats of the same work: what was run, and what it was told beforehand."""
+
+IN_WORDS = {
+    "costs": "profile (the costs that policies weigh)",
+    "calibration_digest": "calibration trace",
+    "recorded": "recording of the routing (prompts, or a trace's routing forced)",
+}
+"""Fields of :data:`WORK` whose names do not say enough."""
+
+DECIDED = ["step", "layer", "op", "expert", "tokens", "bytes"]
+"""Columns of the operations that repeats without prefetch have in common; slots and their order follow from these."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,12 @@ class Group:
 
     def runs(self) -> list[RunResult]:
         return [RunResult.load(folder) for folder in self.folders]
+
+    @property
+    def where(self) -> str:
+        """The first folder, and how many there are beside it."""
+        others = len(self.folders) - 1
+        return f"{self.folders[0]}" + (f" and {others} more" if others else "")
 
     @property
     def system(self) -> str:
@@ -110,13 +134,14 @@ def workloads_of(groups: Sequence[Group]) -> list[str]:
         if other is not group:
             raise InputError(
                 f"measured must hold repeats of the same work under {group.system} at {group.cache}, got "
-                f"{group.folders[0]} with another {_difference(other.info, group.info)} than {other.folders[0]}"
+                f"{group.folders[0]} with another {_difference(other.info, group.info)} than {other.folders[0]}: "
+                "judge each in a folder of its own"
             )
     return words
 
 
 def _difference(one: RunInfo, other: RunInfo) -> str:
-    return " and ".join(name for name in WORK if getattr(one, name) != getattr(other, name))
+    return " and ".join(IN_WORDS.get(name, name) for name in WORK if getattr(one, name) != getattr(other, name))
 
 
 def _natural(path: Path) -> tuple[tuple[bool, int, str], ...]:
@@ -134,73 +159,93 @@ def _work(info: RunInfo) -> str:
 
 @dataclass(frozen=True)
 class Twin:
-    """What simulates measured runs: a profile, and the traces that runs may have replayed or learned from."""
+    """What simulates measured runs: a profile, and the one trace that they replayed or learned from, where one is given
+    for all of them; else each run's is sought in its folder, in those above it, and among those that ship."""
 
     profile: Profile
-    traces: Sequence[Path]
-    learned: Sequence[Path]
+    trace: Path | None = None
+    calibration: Path | None = None
 
     @classmethod
-    def of(cls, folder: Path, profile: Path, trace: Path | None = None, calibration: Path | None = None) -> Twin:
-        """``folder`` is that of the runs; a file given is taken alone; else what stands there or ships is tried."""
-        return cls(
-            Profile.load(profile),
-            [trace] if trace is not None else [*_beside(folder, TRACE_FILE), *SHIPPED_TRACES.values()],
-            [calibration] if calibration is not None else [*_beside(folder, CALIBRATION_FILE)],
-        )
+    def of(cls, profile: Path, trace: Path | None = None, calibration: Path | None = None) -> Twin:
+        """Reads the profile."""
+        return cls(Profile.load(profile), trace, calibration)
 
-    def simulate(self, info: RunInfo) -> RunResult:
-        """The run that ``info`` tells of, in simulated time on the profile.
+    def ready(self, info: RunInfo, folder: Path) -> Callable[[], RunResult]:
+        """What simulates the run that ``info`` tells of, and that lies in ``folder``.
 
-        Raises :class:`InputError` when its trace, or the profile's model, is another one.
+        Raises :class:`InputError` when its traces are not found, or the profile's model is another one.
         """
         from sim.run import simulate  # simpy is imported with it
 
         spec = self.profile.model
-        trace = self._trace(info)
+        expert_bytes = info.capacity_bytes // max(info.capacity_slots, 1)
+        if expert_bytes and expert_bytes != spec.expert_bytes:
+            raise InputError(
+                f"profile must be measured with experts of {expert_bytes:,} bytes as in the run, got "
+                f"{spec.expert_bytes:,}"
+            )
+        trace, system = self._trace(info, folder), SystemSpec(**info.system)
         workload = _workload(trace, info)
-        system = SystemSpec(**info.system)
-        learned = self._learned(trace, system, workload.batch)
+        learned = self._learned(info, folder, workload) if "calibration" in system.needs else None
+        check_needs(trace, system, learned)
         budget = _budget(info, system, spec.moe_layers, learned)
-        costs = ProfileCosts(self.profile, spec)
-        return simulate(workload, system, budget, costs, hardware=self.profile.name, calibration=learned)
+        costs, name = ProfileCosts(self.profile, spec), self.profile.name
+        return partial(simulate, workload, system, budget, costs, hardware=name, calibration=learned)
 
-    def _trace(self, info: RunInfo) -> Trace:
-        for path in self.traces:
-            trace = load_trace(path)
-            for one in _as_run(trace, self.profile):
+    def simulate(self, info: RunInfo, folder: Path) -> RunResult:
+        """The run that ``info`` tells of in simulated time; raises as :meth:`ready`."""
+        run = self.ready(info, folder)()
+        run.info.notes.extend(other_threads(self.profile, info.cpu_threads))
+        return run
+
+    def _trace(self, info: RunInfo, folder: Path) -> Trace:
+        tried = [self.trace] if self.trace is not None else [*_above(folder, TRACE_FILE), *SHIPPED_TRACES.values()]
+        for path in tried:
+            for one in _as_run(load_trace(path), self.profile):
                 if one.digest == info.trace_digest:
                     return one
-        tried = ", ".join(str(path) for path in self.traces) or "none"
         raise InputError(
-            f"trace must be the one that was replayed ({info.trace_digest[:12]}) on the profile's model, got {tried}"
+            f"trace must be the one that was replayed ({info.trace_digest[:12]}) on the profile's model, got "
+            f"{', '.join(map(str, tried))}"
         )
 
-    def _learned(self, judged: Trace, system: SystemSpec, batch: int) -> TraceCalibration | None:
-        if "calibration" not in system.needs:
-            return None
+    def _learned(self, info: RunInfo, folder: Path, judged: Workload) -> TraceCalibration:
+        """What fitted policies learned from, over as many lanes as the run had."""
         from sim.replay.calibration import TraceCalibration  # numba is imported with it
 
-        for path in self.learned:
-            return TraceCalibration.of(next(reversed([*_as_run(load_trace(path), self.profile)])), judged, batch)
+        wanted = info.calibration_digest
+        shipped = SHIPPED_TRACES.values() if wanted else ()
+        tried = [self.calibration] if self.calibration is not None else [*_above(folder, CALIBRATION_FILE), *shipped]
+        for path in tried:
+            trace = load_trace(path)
+            found = _as_run(trace, self.profile) or [trace]
+            if not wanted or wanted in [one.digest for one in found]:
+                return TraceCalibration.of(found[-1], judged.trace, judged.batch)
+        label = SystemSpec(**info.system).label()
+        if wanted:
+            raise InputError(
+                f"calibration must be the trace that {label} learned from ({wanted[:12]}), got "
+                f"{', '.join(map(str, tried))}"
+            )
         raise InputError(
-            f"calibration must be given for {system.label()}, which was fitted to a trace that no run tells, got no "
-            f"{CALIBRATION_FILE} beside the runs"
+            f"calibration must be given for {label}, which was fitted to a trace that the run does not tell, got no "
+            f"{CALIBRATION_FILE} beside the run"
         )
 
 
-def _beside(folder: Path, name: str) -> Iterator[Path]:
-    """Files of that name in ``folder``, and in the folders that it is in, nearest first."""
+def _above(folder: Path, name: str) -> Iterator[Path]:
+    """What has that name in ``folder``, and in the folders that it is in, nearest first."""
     resolved = folder.resolve()
-    return (place / name for place in (resolved, *resolved.parents[:LEVELS]) if (place / name).is_file())
+    return (place / name for place in (resolved, *resolved.parents[:LEVELS]) if (place / name).exists())
 
 
-def _as_run(trace: Trace, profile: Profile) -> Iterator[Trace]:
-    """The trace as it is, and with the expert bytes of the profile's model when its dimensions are the same."""
-    yield trace
+def _as_run(trace: Trace, profile: Profile) -> list[Trace]:
+    """The trace as it is, and with the expert bytes of the profile's model; none when its dimensions are others."""
     spec, header = profile.model, trace.header
-    if (header.layers, header.experts, header.top_k) == (spec.moe_layers, spec.experts, spec.top_k):
-        yield retarget(trace, spec)
+    if (header.layers, header.experts, header.top_k) != (spec.moe_layers, spec.experts, spec.top_k):
+        return []
+    return [trace, retarget(trace, spec)]
 
 
 def _workload(trace: Trace, info: RunInfo) -> Workload:
@@ -224,20 +269,60 @@ def _budget(info: RunInfo, system: SystemSpec, layers: int, learned: TraceCalibr
 
 
 def comparisons(
-    folder: Path, groups: Sequence[Group], twin: Twin, advance: Callable[[], None] = lambda: None
+    groups: Sequence[Group], twin: Twin, left_out: dict[str, str], advance: Callable[[], None] = lambda: None
 ) -> Iterator[Judged]:
-    """Every group of measured runs in ``folder`` against its simulation, with the system's constant where the folder
-    holds one. Raises :class:`InputError` as :func:`workloads_of` does."""
-    for group, workload in zip(groups, workloads_of(groups), strict=True):
-        runs = group.runs()
-        outcome = compare(runs[0], twin.simulate(group.info), repeats=runs[1:])
-        yield Judged(outcome, group.cache, workload, constant_s(folder, group.system))
+    """Every group of measured runs against its simulation, with the system's constant where there is one above them.
+
+    A group that cannot be simulated, or whose repeats decided differently, goes into ``left_out``: its folders, and
+    why. Raises :class:`InputError` as :func:`workloads_of` does for the others.
+    """
+    ready = []
+    for group in groups:
+        try:
+            twin.ready(group.info, group.folders[0])
+            ready.append(group)
+        except InputError as error:
+            left_out[group.where] = str(error)
+            advance()
+    for group, workload in zip(ready, workloads_of(ready), strict=True):
+        try:
+            yield _judged(group, twin, workload)
+        except InputError as error:
+            left_out[group.where] = str(error)
         advance()
 
 
+def _judged(group: Group, twin: Twin, workload: str) -> Judged:
+    runs = group.runs()
+    check_repeats(group, runs)
+    outcome = compare(runs[0], twin.simulate(group.info, group.folders[0]), repeats=runs[1:])
+    return Judged(outcome, group.cache, workload, constant_s(group.folders[0], group.system))
+
+
+def check_repeats(group: Group, runs: Sequence[RunResult]) -> None:
+    """Raises :class:`InputError` for repeats that decided differently where no arrival decides: without prefetch.
+
+    Then they are not the same work, whatever they tell of it. Only runs that kept their operations are looked at.
+    """
+    if not promises_counts(group.info):
+        return
+    first, *others = (Counter(run.operations[DECIDED].itertuples(index=False, name=None)) for run in runs)
+    for folder, other in zip(group.folders[1:], others, strict=True):
+        if first and other and first != other:
+            step, layer, *_ = min((first - other) | (other - first))
+            raise InputError(
+                f"repeats must have decided the same under {group.system}, which does not prefetch, got {folder} with "
+                f"other operations than {group.folders[0]} from step {step}, layer {layer}, on"
+            )
+
+
 def constant_s(folder: Path, system: str) -> float | None:
-    """Mean seconds of a decode token of ``system`` on synthetic routing, each step in its fastest repeat."""
-    runs = sorted((folder / CONSTANTS / system).glob("*/run.json"))
+    """Mean seconds of a decode token of ``system`` on synthetic routing, each step in its fastest repeat.
+
+    Those runs are sought above the measured run in ``folder``; None where there are none.
+    """
+    nearest = next(_above(folder, f"{CONSTANTS}/{system}"), folder / CONSTANTS)
+    runs = sorted(nearest.glob("*/run.json"))
     if not runs:
         return None
     steps = fastest([step_frame(RunResult.load(file.parent)) for file in runs])

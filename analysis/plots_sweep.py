@@ -8,6 +8,7 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -28,7 +29,8 @@ from analysis.style import (
     clean,
     legend,
 )
-from analysis.sweep_table import Axis, Shown, figure_label, hue_label, lower_is_better
+from analysis.sweep_table import Axis, Shown, figure_label, hue_label, lower_is_better, outside_label
+from sim.presets import SYSTEM
 
 SMALL = TEXT_PT - 1
 DOTTED = (0, (2, 3))
@@ -52,6 +54,16 @@ STYLES: tuple[dict[str, Any], ...] = (
 )
 """Of every second line: one that lies on its neighbour lets it show through."""
 
+BESIDE: dict[str, Any] = {
+    "color": MUTED,
+    "linestyle": (0, (2, 2)),
+    "linewidth": 1.0,
+    "markersize": 4.5,
+    "markerfacecolor": "none",
+    "zorder": 1.5,
+}
+"""Of what is no part of the comparison."""
+
 SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, COMPONENT_COLOURS["dense_s"], MEASURED, INK])
 MOST_WORDS = 150
 """Cells of a heat map that have their number written into them."""
@@ -60,7 +72,8 @@ MOST_TICKS = 12
 
 
 def lines(view: Shown, stretches: Sequence[Lead] = (), doubts: Sequence[str] = ()) -> Figure:
-    """The value over x, a line for each hue; between ``stretches``, a dotted line says who leads on either side.
+    """The value over x, a line for each hue; between ``stretches``, a dotted line says who leads on either side. What
+    does not compete is thin, dashed and grey.
 
     ``doubts`` are what has to be said of that, above the figure.
     """
@@ -68,6 +81,7 @@ def lines(view: Shown, stretches: Sequence[Lead] = (), doubts: Sequence[str] = (
     figure, ax = axes(WIDE, 3.9, x=view.x.label, y=label)
     places = _places(ax, view.x)
     curves, low, high = (view.curves(how) for how in ("mean", "min", "max"))
+    beside = view.beside()
     for number, (name, curve) in enumerate(curves.items()):
         look = _look(number)
         reach = np.array([low[name], high[name]]) * scale
@@ -75,9 +89,12 @@ def lines(view: Shown, stretches: Sequence[Lead] = (), doubts: Sequence[str] = (
             ax.fill_between(places, *reach, color=look["color"], alpha=0.18, linewidth=0)
         line = STYLES[number % len(STYLES)] if view.x.numbers else {"linestyle": ""}
         ax.plot(places, np.array(curve) * scale, markersize=6, markerfacecolor="none", label=name, **line, **look)
-    ax.set_ylim(0, _top(high) * scale)
-    if len(curves) > 1:
-        legend(ax, columns=min(len(curves), 5))
+    for number, (name, curve) in enumerate(beside.items()):
+        line = BESIDE if view.x.numbers else {**BESIDE, "linestyle": ""}
+        ax.plot(places, np.array(curve) * scale, label=name, marker=MARKERS[number % len(MARKERS)], **line)
+    ax.set_ylim(0, _top({**high, **beside}) * scale)
+    if len(curves) + len(beside) > 1:
+        legend(ax, columns=5 if not beside else 4)
     _mark_leads(ax, stretches, view.x)
     _name(figure, view, doubts)
     return figure
@@ -157,23 +174,31 @@ def crossovers(view: Shown, found: Sequence[Crossing], doubts: Sequence[str] = (
 
 
 def heatmap(view: Shown, doubts: Sequence[str] = ()) -> Figure:
-    """The value by x and y as shades, with the numbers written into the cells of a small one; nothing ran in ``-``."""
+    """The value by x and y as shades, with the numbers written into the cells of a small one; nothing ran in ``-``. A
+    cell that does not compete has no shade, and its number in brackets.
+    """
     assert view.y is not None, "a heat map has two axes"
     label, scale = figure_label(view.value)
-    cells = view.table.frame.pivot_table(view.value, view.y.name, view.x.name, "mean", sort=False)
-    cells = cells.reindex(index=list(view.y.values), columns=list(view.x.values)).to_numpy(float) * scale
+    cells, beside = (_cells(view, rows) * scale for rows in (view.table.competing, view.table.outside))
     figure, ax = axes(WIDE, 1.5 + 0.42 * min(len(view.y.values), 14), x=view.x.label, y=view.y.label)
     ax.grid(False)
     image = ax.imshow(cells, cmap=SHADES, aspect="auto", origin="lower", interpolation="nearest")
     _name_cells(ax, view.x, view.y)
     if cells.size <= MOST_WORDS:
-        _write_cells(ax, cells)
+        _write_cells(ax, cells, beside)
     bar = figure.colorbar(image, ax=ax, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label(label, color=INK, fontsize=TEXT_PT)
     bar.ax.tick_params(colors=INK, labelsize=SMALL, color=MUTED, width=0.8, length=3)
     _name(figure, view, doubts)
     return figure
+
+
+def _cells(view: Shown, rows: pd.DataFrame) -> np.ndarray:
+    """Means of the value by y and x, nan where there is none: float64 [y, x]."""
+    assert view.y is not None, "a heat map has two axes"
+    table = rows.groupby([view.y.name, view.x.name])[view.value].mean().unstack()
+    return table.reindex(index=list(view.y.values), columns=list(view.x.values)).to_numpy(float)
 
 
 def _name_cells(ax: Axes, x: Axis, y: Axis) -> None:
@@ -186,16 +211,20 @@ def _name_cells(ax: Axes, x: Axis, y: Axis) -> None:
         ax.spines[side].set_visible(False)
 
 
-def _write_cells(ax: Axes, cells: np.ndarray) -> None:
-    low, high = np.nanmin(cells), np.nanmax(cells)
+def _write_cells(ax: Axes, cells: np.ndarray, beside: np.ndarray) -> None:
+    known = cells[np.isfinite(cells)]
+    low, high = known.min(initial=np.inf), known.max(initial=-np.inf)
     for (row, column), value in np.ndenumerate(cells):
         dark = np.isfinite(value) and high > low and (value - low) / (high - low) > 0.55
         words, colour = text.number(value), PAPER if dark else INK
+        if np.isfinite(beside[row, column]):
+            words, colour = f"({text.number(float(beside[row, column]))})", MUTED
         ax.text(column, row, words, ha="center", va="center", fontsize=SMALL, color=colour)
 
 
-def front(view: Shown, best: Sequence[int]) -> Figure:
-    """Every point by its cost (x) and its value, those of ``hue`` in one colour; ``best`` ones are joined and named."""
+def front(view: Shown, best: Sequence[int], doubts: Sequence[str] = ()) -> Figure:
+    """Every point by its cost (x) and its value, those of ``hue`` in one colour, those that do not compete in grey;
+    ``best`` ones are joined and named."""
     frame, cost = view.table.frame, view.x.name
     (x_label, x_scale), (y_label, y_scale) = figure_label(cost), figure_label(view.value)
     figure, ax = axes(WIDE, 4.2, x=x_label, y=y_label)
@@ -203,10 +232,9 @@ def front(view: Shown, best: Sequence[int]) -> Figure:
     x, y = frame[cost].to_numpy(float) * x_scale, frame[view.value].to_numpy(float) * y_scale
     step = "steps-post" if not lower_is_better(view.value) else "steps-pre"
     ax.plot(x[[*best]], y[[*best]], color=INK, linewidth=1.0, drawstyle=step, zorder=1)
-    for number, value in enumerate(view.hue.values if view.hue else (None,)):
-        here = np.ones(len(frame), bool) if view.hue is None else (frame[view.hue.name] == value).to_numpy()
-        name = "" if view.hue is None else hue_label(view.hue, value)
-        ax.plot(x[here], y[here], linestyle="", markersize=5.5, markerfacecolor="none", label=name, **_look(number))
+    for name, role, here, look in _groups(view):
+        label = name if role == SYSTEM else outside_label(name, role)
+        ax.plot(x[here], y[here], label=label, **{"markerfacecolor": "none", **look, "linestyle": ""})
     for place in best:
         ax.annotate(
             point_name(view, place),
@@ -218,10 +246,26 @@ def front(view: Shown, best: Sequence[int]) -> Figure:
             color=INK,
         )
     ax.margins(x=0.12, y=0.1)
-    if view.hue is not None:
-        legend(ax, columns=min(len(view.hue.values), 5))
-    _name(figure, view)
+    if len(ax.lines) > 2:
+        legend(ax, columns=4 if len(view.table.outside) else 5)
+    _name(figure, view, doubts)
     return figure
+
+
+def _groups(view: Shown) -> list[tuple[str, str, np.ndarray, dict[str, Any]]]:
+    """Points that look alike: what they are called, their role, which rows they are, and how they look."""
+    frame = view.table.frame
+    found, own, grey = [], 0, 0
+    for value in view.hue.values if view.hue else (None,):
+        name = view.value if view.hue is None else hue_label(view.hue, value)
+        mine = np.ones(len(frame), bool) if view.hue is None else (frame[view.hue.name] == value).to_numpy()
+        for role in dict.fromkeys(frame.role[mine]):
+            if role == SYSTEM:
+                look, own = {**_look(own), "markersize": 5.5}, own + 1
+            else:
+                look, grey = {**BESIDE, "marker": MARKERS[grey % len(MARKERS)]}, grey + 1
+            found.append((name, str(role), mine & (frame.role == role).to_numpy(), look))
+    return found
 
 
 def point_name(view: Shown, place: int) -> str:

@@ -21,8 +21,10 @@ from analysis import text
 from analysis.cache_tables import PLOTS, check_out, write_figure
 from analysis.crossovers import Crossing, Lead, crossings, leads, pareto
 from analysis.heartbeat import Heartbeat
+from analysis.sweep_fairness import MEMORY, memory_line, told_of_memory, told_outside
 from analysis.sweep_spread import JUDGED, judged, told_of_best, told_of_leads
 from analysis.sweep_table import Axis, Shown, SweepTable, View, figure_label, lower_is_better, shown
+from sim.presets import SYSTEM
 from sim.sweep.backends import backend_of
 from sim.sweep.grid import Grid
 from sim.sweep.point import Outcome
@@ -62,7 +64,10 @@ def _tell_run(table: pd.DataFrame, out: Path) -> None:
         console.print(f"{count:,} x {reason}", markup=False, soft_wrap=True)
     if len(reasons) > MOST_REASONS:
         console.print(f"and {len(reasons) - MOST_REASONS} more reasons, in the table")
-    for line in _notes(table.notes[table.status == "ok"]):
+    ran = table[table.status == "ok"]
+    competing = ran[ran.role == SYSTEM]
+    memory = [memory_line(competing)] if len(competing) else []
+    for line in (*memory, *told_outside(table), *_notes(ran.notes)):
         console.print(line, markup=False, soft_wrap=True)
     if table.synthetic.any():
         console.print(f"{int(table.synthetic.sum()):,} of {len(table):,} points: on synthetic routing")
@@ -160,12 +165,22 @@ def _heatmap(picture: Shown, draw: bool) -> Picture:
     if draw:
         from analysis.plots_sweep import heatmap
 
-        figure = heatmap(picture, doubts)
-    return figure, [*_told_best(picture), *doubts], [_best(picture)]
+        figure = heatmap(picture, [line.replace("outside", "in brackets, outside", 1) for line in doubts])
+    best = _best(picture)
+    return figure, [*_told_best(picture), *doubts], [best] if best else []
 
 
 def _doubts(picture: Shown, stretches: Sequence[Lead]) -> list[str]:
-    """Who cannot be told from whom, of those that the words and the picture call the best."""
+    """Who cannot be told from whom, of those that the words and the picture call the best; and what makes them fair."""
+    return [*_spread(picture, stretches), *_fairness(picture)]
+
+
+def _fairness(picture: Shown) -> list[str]:
+    memory = [] if MEMORY in (picture.value, picture.x.name) else told_of_memory(picture)
+    return [*memory, *told_outside(picture.table.frame)]
+
+
+def _spread(picture: Shown, stretches: Sequence[Lead]) -> list[str]:
     if picture.value != JUDGED:
         return [f"how sure this is, is known of the {_label(JUDGED)} alone"]
     if stretches:
@@ -173,18 +188,20 @@ def _doubts(picture: Shown, stretches: Sequence[Lead]) -> list[str]:
     names = [axis.name for axis in _axes(picture)]
     if not names:
         return []
-    parts = picture.table.frame.groupby(names, sort=False)
+    parts = picture.table.competing.groupby(names, sort=False)
     rows = {_at(dict(zip(names, at, strict=True))): part for at, part in parts if part[picture.value].notna().any()}
     best = _best(picture)
-    return told_of_best(rows, _at({name: best[name] for name in names}))
+    return told_of_best(rows, _at({name: best[name] for name in names})) if best else []
 
 
 def _pareto(picture: Shown, draw: bool) -> Picture:
     from analysis.plots_sweep import front, point_name
 
     frame, cost = picture.table.frame, picture.x.name
-    best = pareto(frame[cost].tolist(), frame[picture.value].tolist(), lower=lower_is_better(picture.value))
-    words = [f"{len(best)} of {len(frame)} points are beaten by no other, from the least {_label(cost)} on:"]
+    competing = frame.role == SYSTEM
+    values = frame[picture.value].where(competing)
+    best = pareto(frame[cost].tolist(), values.tolist(), lower=lower_is_better(picture.value))
+    words = [f"{len(best)} of {competing.sum()} points are beaten by no other, from the least {_label(cost)} on:"]
     records = []
     alike = [False, *(_alike(picture, *pair) for pair in pairwise(best))]
     for place, same in zip(best, alike, strict=True):
@@ -194,7 +211,8 @@ def _pareto(picture: Shown, draw: bool) -> Picture:
         records[-1] |= {cost: float(row[cost]), picture.value: float(row[picture.value])}
     if None in alike:
         words.append("whether neighbours can be told apart is not known of all: too few sequences, or others")
-    return front(picture, best) if draw else None, words, records
+    fairness = _fairness(picture)
+    return front(picture, best, fairness) if draw else None, [*words, *fairness], records
 
 
 def _alike(picture: Shown, one: int, other: int) -> bool | None:
@@ -266,9 +284,12 @@ def _told_crossing(one: Crossing, picture: Shown) -> str:
 
 
 def _best(picture: Shown) -> dict[str, Any]:
-    """The place with the best value, over all axes that are shown."""
+    """The place with the best value, over all axes that are shown; empty where nothing competes."""
     value, names = picture.value, [axis.name for axis in _axes(picture)]
-    means = picture.table.frame.groupby(names, sort=False, as_index=False)[value].mean()
+    known = picture.table.competing[picture.table.competing[value].notna()]
+    if not len(known):
+        return {}
+    means = known.groupby(names, sort=False, as_index=False)[value].mean()
     place = means[value].idxmin() if lower_is_better(value) else means[value].idxmax()
     return {name: _plain(means[name][place]) for name in (*names, value)}
 
@@ -281,6 +302,8 @@ def _axes(picture: Shown) -> list[Axis]:
 
 def _told_best(picture: Shown) -> list[str]:
     best = _best(picture)
+    if not best:
+        return [f"{_ranked(picture.value)}: no point competes"]
     at = _at({name: value for name, value in best.items() if name != picture.value})
     return [f"{_ranked(picture.value)}: {_shown(picture.value, best)} at {at}"]
 

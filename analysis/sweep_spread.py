@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from analysis.sweep_fairness import few
 from analysis.sweep_table import Axis, Shown, hue_label
 from analysis.uncertainty import Resampled, caveat
 from traces.schema import Array
@@ -15,7 +16,6 @@ JUDGED = "tokens_per_s"
 """The figure whose parts a sweep keeps by sequence."""
 
 SECONDS, TOKENS = "decode_s_by_group", "decode_tokens_by_group"
-MOST_NAMES = 5
 MOST_JUDGED = 500
 """Points that are held against the best, the quickest ones: each takes thousands of resamples."""
 
@@ -53,7 +53,7 @@ def told_of_best(rows: Mapping[str, pd.DataFrame], best: str) -> list[str]:
         return [doubt]
     names, place = [*rows], [*rows].index(best)
     alike = [name for other, name in enumerate(names) if other != place and found.alike(other, place)]
-    told = [f"not distinguishable from it: {_few(alike)}"] if alike else []
+    told = [f"not distinguishable from it: {few(alike)}"] if alike else []
     return [*told, *([doubt] if doubt else [])]
 
 
@@ -63,7 +63,7 @@ def told_of_leads(picture: Shown) -> list[str]:
     alike: dict[str, list[str]] = {}
     unknown, doubts = 0, dict[str, None]()
     for number, value in zip(picture.x.numbers or (), picture.x.values, strict=True):
-        here = picture.table.frame[picture.table.frame[picture.x.name] == value]
+        here = picture.table.competing[picture.table.competing[picture.x.name] == value]
         by_name = _by_name(here, picture.hue, picture.value)
         if len(by_name) < 2:
             continue
@@ -76,7 +76,7 @@ def told_of_leads(picture: Shown) -> list[str]:
         best = int(np.argmin(found.ratios))
         names = [name for place, name in enumerate(by_name) if place != best and found.alike(place, best)]
         if names:
-            alike.setdefault(f"{_few(names)} from {[*by_name][best]}", []).append(picture.x.told(number))
+            alike.setdefault(f"{few(names)} from {[*by_name][best]}", []).append(picture.x.told(number))
     told = [f"not distinguishable: {who} at {', '.join(places)}" for who, places in alike.items()]
     if unknown:
         told.append(f"at {unknown} points of x nobody can say: not all decoded the same sequences")
@@ -86,8 +86,3 @@ def told_of_leads(picture: Shown) -> list[str]:
 def _by_name(rows: pd.DataFrame, hue: Axis, value: str) -> dict[str, pd.DataFrame]:
     known = rows[rows[value].notna()]
     return {hue_label(hue, one): part for one in hue.values if len(part := known[known[hue.name] == one])}
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sim.presets import OTHER, SYSTEM
 from sim.sweep.store import TABLE, manifest_of
 from sim.target import parse_bytes
 from traces.errors import InputError, unknown_name
 
 KINDS = ("lines", "heatmap", "crossovers", "pareto")
 WORDS = frozenset(
-    {"status", "reason", "notes", "key", "synthetic", "seconds", "decode_s_by_group", "decode_tokens_by_group"}
+    {"status", "reason", "notes", "key", "role", "synthetic", "seconds", "decode_s_by_group", "decode_tokens_by_group"}
 )
 """Columns that are neither axes nor figures."""
 
@@ -110,7 +111,7 @@ def _without_unit(name: str) -> str:
 
 def figure_label(name: str) -> tuple[str, float]:
     """What a figure is called in a plot, with its unit, and by what its values are multiplied for that."""
-    if name.endswith(("_share", "_ratio_union", "_ratio_assignments")):
+    if name.endswith(("_share", "_ratio_union", "_ratio_assignments", "regret")):
         return f"{name.replace('_', ' ')} (%)", 100.0
     if name.endswith("bytes_per_token"):
         return "demand fetches (MB a token)", 1e-6
@@ -127,9 +128,9 @@ def figure_label(name: str) -> tuple[str, float]:
 
 
 def lower_is_better(figure: str) -> bool:
-    """Whether less of a figure is better: of times, misses, late hits, bytes, and stalls."""
+    """Whether less of a figure is better: of times, misses, late hits, bytes, stalls, and regret."""
     time = figure.endswith("_s") and not figure.endswith("_per_s")
-    return time or figure in ("misses", "late_hits", "stall_share") or "bytes" in figure
+    return time or figure in ("misses", "late_hits", "stall_share") or "bytes" in figure or figure.endswith("regret")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class SweepTable:
                 f"sweep must have a readable {TABLE} (sweep --resume writes it), got {folder} without one"
             ) from error
         axes = {name: Axis.of(name, _as_stored(values)) for name, values in tables["axes"].items()}
-        missing = [name for name in axes if name not in frame]
+        missing = [name for name in (*axes, "role") if name not in frame]
         if missing:
             raise InputError(f"{TABLE} must be of the last grid (sweep --resume writes it), got none of {missing[0]}")
         ran = frame[frame.status == "ok"].reset_index(drop=True)
@@ -172,6 +173,16 @@ class SweepTable:
             raise InputError(f"sweep must have a point that ran, got {len(frame)} that did not in {folder}")
         title = ", ".join(f"{name}\N{NO-BREAK SPACE}{value}" for name, value in tables.get("base", {}).items())
         return cls(ran, axes, len(frame) - len(ran), title)
+
+    @property
+    def competing(self) -> pd.DataFrame:
+        """The rows that are compared: neither bounds, nor such as compute something else than the model."""
+        return self.frame[self.frame.role == SYSTEM]
+
+    @property
+    def outside(self) -> pd.DataFrame:
+        """The rows that are only shown."""
+        return self.frame[self.frame.role != SYSTEM]
 
     @property
     def origin(self) -> str:
@@ -249,17 +260,34 @@ class Shown:
     hue: Axis | None = None
 
     def curves(self, how: str = "mean") -> dict[str, list[float]]:
-        """By value of ``hue`` (or the one curve): the value at each of ``x``, nan where nothing ran; over seeds, the
-        ``how`` of them (mean, min, max)."""
-        names = self.hue.values if self.hue else (None,)
-        frame = self.table.frame
+        """By value of ``hue`` (or the one curve): the value of what competes at each of ``x``, nan where nothing ran;
+        over seeds, the ``how`` of them (mean, min, max)."""
+        return self._curves(self.table.competing, how)
+
+    def beside(self) -> dict[str, list[float]]:
+        """The same of what does not compete, by a name that says what it is."""
+        rows = self.table.outside
+        return {
+            outside_label(name, role): curve
+            for role in dict.fromkeys(rows.role)
+            for name, curve in self._curves(rows[rows.role == role], "mean").items()
+        }
+
+    def _curves(self, frame: pd.DataFrame, how: str) -> dict[str, list[float]]:
         found = {}
-        for name in names:
+        for name in self.hue.values if self.hue else (None,):
             rows = frame if self.hue is None else frame[frame[self.hue.name] == name]
+            if not len(rows):
+                continue
             means = rows.groupby(self.x.name, sort=False)[self.value].agg(how)
             label = self.value if self.hue is None else hue_label(self.hue, name)
             found[label] = [float(means.get(place, np.nan)) for place in self.x.values]
         return found
+
+
+def outside_label(name: str, role: str) -> str:
+    """What a system that does not compete is called in a legend, or in a sentence."""
+    return f"{name} ({'computes something else' if role == OTHER else f'a bound: {role}'})"
 
 
 def hue_label(axis: Axis, value: Any) -> str:

@@ -1,7 +1,8 @@
 """Several systems on the same work, side by side: one record each, with intervals, differences and regret.
 
 Every figure is defined in ``docs/metrics.md``. Systems are compared under one budget; what stands outside it (the
-ceiling that holds every expert, who knows the future) is marked, and competes with nobody.
+ceiling that holds every expert, who knows the future), and who computes something else than the model, is marked, and
+competes with nobody.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,21 +20,16 @@ from analysis.frames import step_frame
 from analysis.metrics import busy_within, ratio, waits
 from analysis.systems_table import systems_table, verdicts
 from analysis.uncertainty import Resampled, caveat
+from sim.bounds import Bounds, regret_of
 from sim.busy import busy_s
 from sim.costs import Costs
 from sim.groups import decode_by_group
-from sim.presets import Preset
+from sim.presets import CEILING, SYSTEM, Preset
 from sim.results import RunResult
 from traces.errors import InputError
 from traces.schema import Phase
 
-if TYPE_CHECKING:  # the engine is imported with it
-    from sim.bounds import Bounds
-
 __all__ = ["Entry", "side_by_side", "systems_plot", "systems_table", "verdicts"]
-
-SYSTEM, CLAIRVOYANT, CEILING = "system", "clairvoyant", "no limit"
-"""Roles: only systems compete; who is clairvoyant knows the future, and the ceiling ignores the budget."""
 
 COMPONENTS = ("dense", "GPU experts", "CPU wait", "transfer wait", "host", "head", "other")
 """Parts of a decode token's mean time, in the order in which they are drawn; they add up to it."""
@@ -52,11 +48,6 @@ class Entry:
     def name(self) -> str:
         """What the system is called."""
         return self.preset.name or self.preset.system.label()
-
-    @property
-    def role(self) -> str:
-        """One of :data:`SYSTEM`, :data:`CLAIRVOYANT` and :data:`CEILING`."""
-        return CEILING if self.preset.unlimited else CLAIRVOYANT if self.preset.clairvoyant else SYSTEM
 
 
 def side_by_side(entries: Sequence[Entry], *, seed: int = 0) -> list[dict[str, Any]]:
@@ -102,7 +93,7 @@ def _work(run: RunResult) -> dict[str, Any]:
 
 def _check_equal_memory(entries: Sequence[Entry], records: Sequence[dict[str, Any]]) -> None:
     """Equal bytes for all that fill their budget; who does not may have less, but never more."""
-    limited = [pair for pair in zip(entries, records, strict=True) if pair[0].role != CEILING]
+    limited = [pair for pair in zip(entries, records, strict=True) if pair[0].preset.role != CEILING]
     filled = [pair for pair in limited if pair[0].preset.system.holds == "cache"]
     for some, equal in ((filled, True), (limited, False)):
         if not filled:
@@ -123,12 +114,11 @@ def _record(entry: Entry) -> dict[str, Any]:
     seconds, tokens = float(decode["latency_s"].sum()), int(decode["tokens"].sum())
     busy = _busy(entry, decode)
     known = {name: share for name, share in busy.items() if share is not None}
-    bound_s = math.nan if entry.bounds is None else entry.bounds.decode.seconds
     figures = run.headline()
     copied, written = _moved(run, decode)
     return {
         "system": entry.name,
-        "role": entry.role,
+        "role": entry.preset.role,
         "summary": entry.preset.summary,
         **{name: getattr(info, name) for name in ("source", "model", "hardware", "costs", "synthetic")},
         "token_s": ratio(seconds, tokens),
@@ -141,20 +131,11 @@ def _record(entry: Entry) -> dict[str, Any]:
         "resident_experts": info.capacity_slots,
         "gpu_bytes": _gpu_bytes(run),
         "fills_budget": entry.preset.system.holds == "cache",
-        "bound_token_s": ratio(bound_s, tokens),
+        **regret_of(run, entry.bounds),
         "bound_by": None if entry.bounds is None else entry.bounds.decode.binding,
         "bound_with_dense_on_cpu": None if entry.bounds is None else entry.bounds.dense_follows,
         "bound_with_deferral": None if entry.bounds is None else entry.preset.system.deferral > 0,
-        "regret": ratio(seconds, bound_s) - 1.0,
-        "prefill_regret": _prefill_regret(entry, steps),
     }
-
-
-def _prefill_regret(entry: Entry, steps: pd.DataFrame) -> float:
-    if entry.bounds is None:
-        return math.nan
-    seconds = steps.loc[steps["phase"] == Phase.PREFILL, "latency_s"].sum()
-    return ratio(seconds, entry.bounds.prefill.seconds) - 1.0
 
 
 def _gpu_bytes(run: RunResult) -> int:
@@ -202,7 +183,7 @@ def _compare(entries: Sequence[Entry], records: Sequence[dict[str, Any]], rng: n
     """Adds intervals over sequences to the records, and paired differences to the best system."""
     seconds, tokens = decode_by_group([entry.run for entry in entries])
     found = Resampled.of(seconds, tokens, rng=rng)
-    fair = [place for place, entry in enumerate(entries) if entry.role == SYSTEM]
+    fair = [place for place, entry in enumerate(entries) if entry.preset.role == SYSTEM]
     decoded = [place for place in fair if records[place]["decode_tokens"]]
     best = min(decoded, key=lambda place: records[place]["token_s"], default=None)
     for place, record in enumerate(records):

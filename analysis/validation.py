@@ -135,6 +135,7 @@ def figures(tables: Tables) -> dict[str, Any]:
         "overall": overall(tables),
         "models": {model: overall(tables.of_model(model)) for model in models} if len(models) > 1 else {},
         "components": component_errors(tables.components),
+        "systems": by_system(tables),
         "points": rows.to_dict("records"),
         "crossovers": [asdict(one) for _, own in rows.groupby(ORDERED, sort=False) for one in orders(own)],
     }
@@ -164,6 +165,31 @@ def overall(tables: Tables) -> dict[str, Any]:
         "memory_off": _memory_off(rows),
         "decisions_promised": int(rows.decisions_promised.sum()),
     }
+
+
+def by_system(tables: Tables) -> list[dict[str, Any]]:
+    """One system on one model, over its cache sizes and workloads: its errors, beside that of its constant.
+
+    The figures over all points weigh every system by its tokens, and can hide one whose constant is hard to beat.
+    ``constant_error`` is the median error of the system's constant, ``skill`` our median error over it.
+    """
+    found = []
+    for (model, system), own in tables.tokens.groupby(["model", "system"], sort=False):
+        columns = ("measured_s", "simulated_s", "constant_s")
+        measured, simulated, constant = (own[name].to_numpy(float) for name in columns)
+        error, known = metrics.summarise_errors(measured, simulated), bool(own.constant_s.notna().all())
+        found.append(
+            {
+                "model": model,
+                "system": system,
+                "tokens": error.tokens,
+                "median_error": error.median,
+                "bias": error.bias,
+                "constant_error": metrics.summarise_errors(measured, constant).median if known else math.nan,
+                "skill": metrics.skill(measured, simulated, constant) if known else math.nan,
+            }
+        )
+    return found
 
 
 def rows_of(tables: Tables) -> pd.DataFrame:

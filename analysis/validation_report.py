@@ -21,6 +21,7 @@ from analysis.validation import Tables, named, rows_of
 
 POINT_HEAD = ("model", "system", "cache", "measured ms", "simulated ms", "median error", "bias", "noise", "counts")
 COMPONENT_HEAD = ("component", "measured ms", "simulated ms", "of the token", "absolute")
+SYSTEM_HEAD = ("model", "system", "tokens", "median error", "bias", "its constant's error", "skill")
 ORDER_HEAD = ("quicker before", "quicker after", "between", "simulated")
 PERCENT = text.percent
 
@@ -82,7 +83,7 @@ def cards(outcome: Outcome) -> list[Card]:
     notes = {
         "median": f"of a decode token; noise {PERCENT(found['noise'])}",
         "p90": "of the errors of all tokens",
-        "skill": "our error over that of each system's calibration mean",
+        "skill": f"our error over that of each system's calibration mean{_by_system(outcome)}",
         "kendall_tau": f"over all points; {PERCENT(found['pairs_left_out'])} of the pairs are closer than the noise",
     }
     made = []
@@ -94,6 +95,28 @@ def cards(outcome: Outcome) -> list[Card]:
             style, word = "neutral", "not known;"
         made.append(Card(names[name], shown(value), style, f"{word} {asked(name, shown(bar))}", notes[name]))
     return made
+
+
+def _by_system(outcome: Outcome) -> str:
+    """The lowest and the highest skill of a system, where there are several."""
+    known = [one["skill"] for one in outcome.figures["systems"] if math.isfinite(one["skill"])]
+    return f"; by system {text.number(min(known))} to {text.number(max(known))}" if len(known) > 1 else ""
+
+
+def system_rows(outcome: Outcome) -> list[tuple[str, ...]]:
+    """One row a system and model, as :data:`SYSTEM_HEAD` names them."""
+    return [
+        (
+            one["model"],
+            one["system"],
+            f"{one['tokens']:,}",
+            PERCENT(one["median_error"]),
+            PERCENT(one["bias"], signed=True),
+            PERCENT(one["constant_error"]),
+            text.number(one["skill"]),
+        )
+        for one in outcome.figures["systems"]
+    ]
 
 
 def point_rows(outcome: Outcome) -> list[tuple[str, ...]]:
@@ -172,6 +195,8 @@ def render_html(outcome: Outcome) -> str:
         verdict=verdict(outcome),
         cards=cards(outcome),
         figures={figure.name: figure for figure in _figures(outcome)},
+        system_head=SYSTEM_HEAD,
+        system_rows=system_rows(outcome),
         point_head=POINT_HEAD,
         point_rows=point_rows(outcome),
         figure_head=_figure_head(outcome),
@@ -216,9 +241,10 @@ def _figures(outcome: Outcome) -> list[FigureEntry]:
 
 
 def render_markdown(outcome: Outcome) -> str:
-    """The figures, the points, the components and the changes of order as a Markdown text."""
+    """The figures, the systems, the points, the components and the changes of order as a Markdown text."""
     parts = [f"**{outcome.title}**", "", verdict(outcome), ""]
     parts += _markdown(_figure_head(outcome), figure_rows(outcome), 1)
+    parts += _markdown(SYSTEM_HEAD, system_rows(outcome), 2)
     parts += _markdown(POINT_HEAD, point_rows(outcome), 3)
     parts += _markdown(COMPONENT_HEAD, component_rows(outcome), 1)
     if order_rows(outcome):

@@ -118,6 +118,8 @@ class Suite:
             status = ended([sys.executable, "-u", *words], given_s, self.environment, stdout, stderr)
         if status == "done" and gpu_summary.unfinished(folder):
             status = "to be gone on with"
+        if status == "done" and gpu_summary.tested(folder).startswith(gpu_summary.NOTHING_TESTED):
+            status = gpu_summary.NOTHING_TESTED
         return {"status": status, "seconds": round(self.now_s() - begun_s, 1), "command": " ".join(words)}
 
 
@@ -143,16 +145,18 @@ def ended(words: Sequence[str], limit_s: float, environment: dict[str, str], std
 def steps_of(parts: Sequence[str], device: str, work: Path, *, quick: bool) -> list[Step]:
     """What is run for the parts: the tests first, then each model's validation, limits and peers."""
     tested = "tests/real/test_device.py" if quick else "tests/real"
-    steps = [Step("tests", tests_command(tested), 100, 180)] if "1" in parts or quick else []
+    steps = [Step("tests", tests_command(tested, device), 100, 180)] if "1" in parts or quick else []
     for part in parts[:1] if quick else parts:
         steps += model_steps(QUICK_MODEL if quick else MODELS[part], device, work, quick=quick)
     return steps
 
 
-def tests_command(tested: str) -> tuple[str, ...]:
-    """The tests that need a GPU; warnings of other versions than the pinned ones are no failures here."""
+def tests_command(tested: str, device: str) -> tuple[str, ...]:
+    """The tests that need a GPU, or without one those that need none; warnings of other versions than the pinned ones
+    are no failures here."""
+    marked = "gpu" if device == "cuda" else "not gpu"
     together = ("-n", "4") if find_spec("xdist") else ()
-    return ("-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", *together, tested)
+    return ("-m", "pytest", "-q", "-m", marked, "-W", "default", "-p", "no:cacheprovider", *together, tested)
 
 
 def model_steps(model: str, device: str, work: Path, *, quick: bool) -> list[Step]:

@@ -6,6 +6,7 @@ Imports nothing beyond the standard library but the bars, which need nothing els
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ LABELS = {
     "kendall_tau": "Kendall's tau",
 }
 """Figures of a validation by their key, as they are called."""
+NOTHING_TESTED = "nothing tested"
 LINK, PYTHON_US, MEMORY, HOST = 0.9, 150.0, 0.02, 1.1
 
 
@@ -27,7 +29,7 @@ def collect(work: Path, done: Mapping[str, Any], left_out: list[str]) -> dict[st
     """Everything that the steps printed or wrote as figures, by step, with how each one ended."""
     machine = _json(work / "machine.json")
     figures = {name: found for name in done if (found := figures_of(work / name)) is not None}
-    tests = _last_line(work / "tests" / "stdout.txt")
+    tests = tested(work / "tests")
     return {"machine": machine, "steps": dict(done), "tests": tests, "figures": figures, "left_out": left_out}
 
 
@@ -43,6 +45,19 @@ def unfinished(folder: Path) -> bool:
         return False
     figures = figures_of(folder)
     return figures is None or not figures.get("complete", True)
+
+
+def tested(folder: Path) -> str:
+    """How many tests passed, failed or were skipped, in words; else the last line of what they printed, and nothing
+    for a step that is no run of tests."""
+    line = _last_line(folder / "stdout.txt") if folder.name == "tests" else ""
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", line)
+    if not found:
+        return line
+    counts = {"passed": 0, "skipped": 0} | {name: int(count) for count, name in found}
+    words = ", ".join(f"{count} {name}" for name, count in counts.items())
+    ran = any(count for name, count in counts.items() if name != "skipped")
+    return words if ran else f"{NOTHING_TESTED} ({words})"
 
 
 def told(figures: Mapping[str, Any]) -> str:

@@ -20,6 +20,8 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -47,6 +49,7 @@ from traces.synthetic import Shape
 MODELS = ("mixtral-8x7b", "qwen2-57b-a14b", "deepseek-v2-lite")
 CACHES = ("25%", "50%", "75%")
 PROMPTS = (32, 128, 512, 1024)
+PREFILLS = tuple(f"prefill {prompt}" for prompt in PROMPTS)
 NEW_TOKENS = {32: 48}
 """Tokens that are decoded after prompts of a length; one after all others."""
 MACHINE = "a6000-xeon5220r-10c"
@@ -87,6 +90,14 @@ VARIATIONS: dict[str, dict[str, float | str]] = {
     "copies and CPU experts share 45 GB/s of host memory": {"cpu_shared_gb_per_s": 45.0},
     "copies from pageable memory": {"link_pinned": False},
 }
+LIMITING: dict[str, dict[str, float | str]] = {
+    "as catalogued": {},
+    "CPU's 8-bit arithmetic 5.6 TOPS, all that its ten cores could do": {"cpu_int8_tops_per_s": 5.6},
+    "11.2 TOPS, which they cannot": {"cpu_int8_tops_per_s": 11.2},
+    "link at 6 GB/s (the catalogue: 12.5)": {"link_gb_per_s": 6.0},
+    "link at 3 GB/s": {"link_gb_per_s": 3.0},
+}
+"""The two constants that a long prompt hangs on."""
 CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
     "MRS alpha 0.1 (0.5)": {"evict": {"alpha": 0.1}},
     "MRS alpha 0.9 (0.5)": {"evict": {"alpha": 0.9}},
@@ -120,6 +131,10 @@ def main(
                 for name, change in VARIATIONS.items()
             }
             chosen = _ratios(parallel, Path(folder), MODELS, CACHES[:1], CHOICES, {})
+            limiting = {
+                name: _ratios(parallel, Path(folder), MODELS[1:2], CACHES[:1], {"hybrimoe": {}}, change)["hybrimoe"]
+                for name, change in LIMITING.items()
+            }
             rates = {what: rate_of_baseline(Path(folder), what) for what in BASELINE_S}
             slow = {what: {RATES[what][0]: rate} for what, rate in rates.items()}
             every = {what: _ratios(parallel, Path(folder), *EVERYWHERE, change) for what, change in slow.items()}
@@ -128,10 +143,14 @@ def main(
             plain = _ratios(parallel, Path(folder), *ABLATED, {})
             ablations = {"as catalogued": plain, SLOW: _each_by_its_own(parts)}
     figures = {
+        "command": f"python -m benchmarks.hybrimoe --sequences {sequences}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "moetwin": version("moetwin"),
         "machine": MACHINE,
         "sequences": sequences,
         "cpu_of_baseline": {RATES[what][0]: rate for what, rate in rates.items()},
         "variations": found,
+        "limiting": limiting,
         "choices": chosen,
         "ablations": ablations,
         "placements": placements.measured(),
@@ -147,6 +166,7 @@ def shown(figures: Mapping[str, Any]) -> str:
     console = Console(width=WIDTH, file=StringIO(), record=True)
     console.print(_by_setting(found["as catalogued"]))
     console.print(_by_variation("Mean over models and caches, and what it hangs on", found))
+    console.print(_by_length("Qwen2-57B-A14B at 25 %, prefill (published 1.31)", figures["limiting"]))
     here = {setting: times for setting, times in found["as catalogued"].items() if setting.endswith(CACHES[0])}
     choices = {"as here, with what is in brackets": here, **figures["choices"]}
     console.print(_by_variation("At 25 %, as catalogued: constants of the method", choices, published=False))
@@ -264,18 +284,22 @@ def mean_of(found: Mapping[str, Times], what: str) -> float:
 
 
 def _by_setting(found: Mapping[str, Times]) -> Table:
-    table = Table(title=f"HybriMoE, times as fast as KTransformers, on {MACHINE}", box=None, pad_edge=False)
-    for column in ("setting", "decode", *(f"prefill {prompt}" for prompt in PROMPTS)):
-        table.add_column(column, justify="left" if column == "setting" else "right")
+    table = _table(f"HybriMoE, times as fast as KTransformers, on {MACHINE}", "setting", "decode", *PREFILLS)
     for setting, times in found.items():
-        table.add_row(setting, *(f"{times[what]:.2f}" for what in ("decode", *(f"prefill {p}" for p in PROMPTS))))
+        table.add_row(setting, *(f"{times[what]:.2f}" for what in ("decode", *PREFILLS)))
+    return table
+
+
+def _by_length(title: str, found: Mapping[str, Mapping[str, Times]]) -> Table:
+    table = _table(title, "constants", *map(str, PROMPTS), "mean")
+    for name, ratios in found.items():
+        (times,) = ratios.values()
+        table.add_row(name, *(f"{times[what]:.2f}" for what in PREFILLS), f"{mean_of(ratios, 'prefill'):.2f}")
     return table
 
 
 def _by_variation(title: str, found: Mapping[str, Mapping[str, Times]], *, published: bool = True) -> Table:
-    table = Table(title=title, box=None, pad_edge=False)
-    for column in ("constants", "decode", "prefill"):
-        table.add_column(column, justify="left" if column == "constants" else "right")
+    table = _table(title, "constants", "decode", "prefill")
     if published:
         table.add_row("published", *(f"{PUBLISHED[what]:.2f}" for what in ("decode", "prefill")))
     for name, ratios in found.items():
@@ -284,15 +308,23 @@ def _by_variation(title: str, found: Mapping[str, Mapping[str, Times]], *, publi
 
 
 def _by_part(constants: str, found: Mapping[str, Mapping[str, Times]]) -> Table:
-    table = Table(title=f"Ablation, Qwen2-57B-A14B at 25 %, {constants}", box=None, pad_edge=False)
-    for column in ("added", "decode", "published", "prefill", "published"):
-        table.add_column(column, justify="left" if column == "added" else "right")
+    title = f"Ablation, Qwen2-57B-A14B at 25 %, {constants}"
+    table = _table(title, "added", "decode", "published", "prefill", "published")
     for name, ratios in found.items():
         cells = []
         for what in ("decode", "prefill"):
             published = ABLATION_PUBLISHED[name].get(what)
             cells += [f"{mean_of(ratios, what):.2f}", "-" if published is None else f"{published:.2f}"]
         table.add_row(name, *cells)
+    return table
+
+
+def _table(title: str, name: str, *figures: str) -> Table:
+    """An empty table: what each row is, and its figures."""
+    table = Table(title=title, box=None, pad_edge=False)
+    table.add_column(name)
+    for figure in figures:
+        table.add_column(figure, justify="right")
     return table
 
 

@@ -9,6 +9,7 @@ from itertools import combinations, cycle
 import numpy as np
 import torch
 
+from real.checks import most_cpu_threads
 from real.decode import Machine
 from real.device import Work
 from real.fit import RESOURCES
@@ -17,12 +18,19 @@ from real.models.load import LoadedModel
 from real.routing import lookahead
 from real.store import DeviceSlots
 from sim.plan import CPU, GPU, Operation
-from sim.spec.profile import Point, Slowdown
+from sim.spec.profile import CpuThreads, Point, Slowdown
 
 EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 SPAN_S, MOST_PIECES = 0.03, 256
 """Seconds of work that each lane is given at once, and the most pieces of it."""
 MOST_SLOWDOWN = 10.0
+BUSY_S, MOST_BUSY_TOKENS = 5e-4, 2**14
+"""An expert's seconds with which the GPU stays busy, longer than submitting it takes, and the most tokens for that."""
+THREADS_TOKENS = (1, 16)
+"""Tokens of the CPU experts that are measured by threads."""
+
+Submit = Callable[[], Work]
+"""Submits a piece of work, and returns it."""
 
 
 class Bench:
@@ -42,11 +50,11 @@ class Bench:
 
     def experts(self, resource: str) -> list[Point]:
         """Seconds of one expert, for each of :data:`EXPERT_TOKENS`."""
-        return [self._point(tokens, partial(self._expert, resource, tokens)) for tokens in EXPERT_TOKENS]
+        return [self._alone(resource, tokens) for tokens in EXPERT_TOKENS]
 
     def copy(self) -> Point:
         """Seconds of one copy."""
-        return self._point(self._machine.loaded.spec.expert_bytes, self._copy)
+        return self.point(self._machine.loaded.spec.expert_bytes, lambda: self._copy()())
 
     def lookahead_s(self) -> float:
         """Seconds of one later router on one token's hidden state."""
@@ -83,14 +91,50 @@ class Bench:
                 found.append(Slowdown(resource=one, others=others, factor=factor))
         return tuple(found)
 
+    def cpu_by_threads(self) -> tuple[CpuThreads, ...]:
+        """Seconds of one CPU expert for each of :data:`THREADS_TOKENS`, by threads: 1, 2, 4... and all there are."""
+        device, found = self._machine.device, []
+        most, given = most_cpu_threads(device.name), device.cpu_threads
+        try:
+            for threads in sorted({*(2**power for power in range(most.bit_length())), most}):
+                device.use_cpu_threads(threads)
+                points = [self._alone("cpu", tokens) for tokens in THREADS_TOKENS]
+                found.append(CpuThreads(threads=threads, points=tuple(points)))
+        finally:
+            device.use_cpu_threads(given)
+        return tuple(found)
+
+    def busy(self) -> tuple[Submit, float]:
+        """What submits a piece of GPU work of :data:`BUSY_S` or more, if that many tokens take so long, and its
+        seconds. Nothing in it waits for the GPU."""
+        tokens = 1
+        while True:
+            submit = partial(self._busy_piece, self._hidden(tokens))
+            seconds = self.point(tokens, submit).median_s
+            if seconds >= BUSY_S or tokens >= MOST_BUSY_TOKENS:
+                return submit, seconds
+            tokens *= 4
+
+    def _busy_piece(self, hidden: torch.Tensor) -> Work:
+        slot, (layer, expert) = next(self._places["gpu"])
+        operation = Operation(0, GPU, layer, expert, slot, len(hidden), 0)
+
+        def run() -> None:
+            self._compute(operation, hidden)
+
+        return self._machine.device.gpu(run, ())
+
     def _busy(self, resources: Sequence[str]) -> dict[str, float]:
         """Seconds of a piece of work on each of ``resources``, while all of them have work.
 
-        Who has the fewest, longest pieces gets them first: some devices begin while others are still being submitted.
+        All are made before the first is submitted, because to make one takes a wait for a GPU. Who has the fewest,
+        longest pieces gets them first: some devices begin while others are still being submitted.
         """
         device, works = self._machine.device, dict[str, list[Work]]()
+        made = {name: [self._piece(name) for _ in range(self._pieces[name])] for name in resources}
+        device.settle()
         for name in sorted(resources, key=self._pieces.__getitem__):
-            works[name] = [self._submitted(name) for _ in range(self._pieces[name])]
+            works[name] = [submit() for submit in made[name]]
         device.wait([work for own in works.values() for work in own])
         device.settle()
         begun_s = max(own[0].start_s for own in works.values())
@@ -103,14 +147,16 @@ class Bench:
     @cached_property
     def _pieces(self) -> dict[str, int]:
         """How many pieces take about :data:`SPAN_S` on each resource."""
-        seconds = {name: self._point(1, partial(self._submitted, name)).median_s for name in RESOURCES}
+        points = {"link": self.copy(), **{name: self._alone(name, 1) for name in RESOURCES if name != "link"}}
+        seconds = {name: point.median_s for name, point in points.items()}
         return {name: min(MOST_PIECES, max(2, round(SPAN_S / max(one, 1e-9)))) for name, one in seconds.items()}
 
-    def _submitted(self, resource: str) -> Work:
+    def _piece(self, resource: str) -> Submit:
         return self._copy() if resource == "link" else self._expert(resource, 1)
 
-    def _point(self, size: int, submit: Callable[[], Work]) -> Point:
-        """Submits a piece of work over and over, each when the one before has ended; the first time is not counted."""
+    def point(self, size: int, submit: Submit) -> Point:
+        """Seconds of what ``submit`` submits, over and over, each when the one before has ended; the first one is not
+        counted. ``size`` names the point."""
         device, seconds = self._machine.device, []
         for _ in range(1 + 3 * self._repeats):
             work = submit()
@@ -126,17 +172,20 @@ class Bench:
             repeats=len(counted),
         )
 
-    def _expert(self, resource: str, tokens: int) -> Work:
+    def _alone(self, resource: str, tokens: int) -> Point:
+        return self.point(tokens, lambda: self._expert(resource, tokens)())
+
+    def _expert(self, resource: str, tokens: int) -> Submit:
         slot, (layer, expert) = next(self._places[resource])
         operation = Operation(0, GPU if resource == "gpu" else CPU, layer, expert, slot, tokens, 0)
         kernel, device = self._kernel(expert, tokens), self._machine.device
         if resource == "gpu":
-            return device.gpu(partial(kernel.run, operation), ())
-        return device.cpu(kernel.on_cpu(operation))
+            return partial(device.gpu, partial(kernel.run, operation), ())
+        return partial(device.cpu, kernel.on_cpu(operation))
 
-    def _copy(self) -> Work:
+    def _copy(self) -> Submit:
         slot, (layer, expert) = next(self._places["link"])
-        return self._machine.device.copy(partial(self._slots.load, slot, layer, expert), ())
+        return partial(self._machine.device.copy, partial(self._slots.load, slot, layer, expert), ())
 
     def _kernel(self, expert: int, tokens: int) -> Kernel:
         hidden = self._hidden(tokens)

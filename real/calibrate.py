@@ -22,8 +22,10 @@ import pandas as pd
 import torch
 
 from real import fit
+from real.bandwidth import transfers
 from real.bench import MOST_SLOWDOWN, Bench
 from real.decode import Machine, replay
+from real.memory import told_when_full
 from real.planning import planning
 from sim.costs import RooflineCosts
 from sim.results import RunResult
@@ -56,12 +58,13 @@ PLANS = (
 )
 
 
+@told_when_full()
 def calibrate(
     machine: Machine, *, name: str, repeats: int = 7, seed: int = 0, progress: Callable[[str], None] = lambda text: None
 ) -> Profile:
     """Measures ``machine`` with its model; ``progress`` is told what is being measured. Takes seconds to a minute.
 
-    Raises :class:`InputError` for an encoder-decoder.
+    Raises :class:`InputError` for an encoder-decoder, and when the GPU's memory is full.
     """
     if machine.loaded.encoder_layers:
         told = "as a profile has one dense part for all layers and passes"
@@ -70,6 +73,9 @@ def calibrate(
     bench = Bench(machine, repeats)
     gpu, cpu = bench.experts("gpu"), bench.experts("cpu")
     copy, lookahead_s, slowdowns = bench.copy(), bench.lookahead_s(), bench.slowdowns()
+    by_threads = bench.cpu_by_threads()
+    progress("copies by size")
+    copied = transfers(bench, machine.device, machine.loaded.spec.expert_bytes)
     progress("whole layers on synthetic routing")
     runs = _calibration_runs(machine, [*PLANS, Plan(32, 1, POOL)], repeats, seed)
     pool = runs.pop()
@@ -78,7 +84,7 @@ def calibrate(
     fits = {name: fit.fit(single[single.resource == name], point) for name, point in alone.items()}
     on_cpu = single[single.resource == "cpu"]
     progress("decisions of the policies")
-    deciding = planning(machine, _workload(machine, 4, 1, seed), _slots(machine))
+    deciding = planning(machine, _slots(machine), seed)
     return Profile(
         name=name,
         device=machine.device.name,
@@ -97,6 +103,10 @@ def calibrate(
         lookahead_s=lookahead_s,
         slowdowns=slowdowns,
         planning=deciding,
+        transfers=copied,
+        experts_pinned=0 < machine.store.pinned_bytes == machine.store.bytes,
+        cpu_by_threads=by_threads,
+        cpu_threads=machine.device.cpu_threads,
         notes=(*machine.store.notes, *_notes(slowdowns)),
         token_s=float(np.mean([fit.token_s(runs[turn]) for turn, plan in enumerate(PLANS) if plan.lanes == 1])),
     )

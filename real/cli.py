@@ -87,12 +87,19 @@ class RecordOptions:
         return values
 
 
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help='A .txt file, which is one prompt whatever its lines, or a .jsonl file with a prompt a line: {"domain": '
+        '"mine", "text": "Once upon"}; else the project\'s own.'
+    ),
+]
 Domains = Annotated[str | None, typer.Option(help="Only prompts of these domains, separated by commas.")]
 
 
 def record(
     model: Annotated[str, typer.Option(help="moetwin-small, or the folder of a local checkpoint.")] = "moetwin-small",
-    prompts: Annotated[Path | None, typer.Option(help="A .jsonl or .txt file; else the project's own.")] = None,
+    prompts: Prompts = None,
     domains: Domains = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="A longer prompt is cut here.")] = 128,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to decode for each prompt.")] = 128,
@@ -106,7 +113,8 @@ def record(
         str, typer.Option(help="plain, or residual: corrected by the mean change of the hidden state, as DALI does.")
     ] = "plain",
     residual_prompts: Annotated[
-        Path | None, typer.Option(help="Where residual takes its means from; else the project's other prompts.")
+        Path | None,
+        typer.Option(help="Where residual takes its means from, a file as for --prompts; else the project's others."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The trace file to write (.safetensors).")] = None,
     like: Annotated[Path | None, typer.Option(help="Record again as this trace was made, and compare.")] = None,
@@ -158,6 +166,8 @@ def record_with(options: RecordOptions) -> Trace:
     check_temperature(options.temperature)
     file = Path(options.prompts) if options.prompts else SHIPPED_PROMPTS
     prompts = choose(load_prompts(file), options.domains or None)
+    for note in unused_lanes(options.batch, len(prompts)):
+        typer.echo(f"note: {note}", err=True)
     others = _others(options, prompts)
     check_model(options.model)
     import torch
@@ -235,6 +245,13 @@ def choose(prompts: list[Prompt], domains: str | None) -> list[Prompt]:
         if name not in known:
             raise unknown_name("domain", name, known)
     return [prompt for prompt in prompts if not wanted or prompt.domain in wanted]
+
+
+def unused_lanes(batch: int, prompts: int) -> list[str]:
+    """What has to be told where there are fewer prompts than the lanes that were asked for, or nothing."""
+    if prompts >= batch:
+        return []
+    return [f"batch: {prompts} of {batch} lanes used, as many as there are prompts"]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from real.memory import check_room, on_gpu
 from real.models.names import check_model
 from real.options import Continuation, LimitOptions, ModelOptions, Texts
 from real.outputs import Outputs, fastest
+from real.profile_tables import tables
 from real.progress import bar, status
 from sim import options
 from sim.grouped import grouped
@@ -38,7 +39,7 @@ def decode(
     limit: LimitOptions,
     continuation: Continuation,
     outputs: Outputs,
-    as_json: options.AsJson = False,
+    as_json: options.AsJsonLines = False,
 ) -> None:
     """Decode for real, with only a part of the experts on the device, and measure.
 
@@ -126,6 +127,8 @@ def calibrate(
       moetwin calibrate --out here.toml
 
       moetwin calibrate --model olmoe-1b-7b --random-weights --dtype bf16 --device cuda --out h100.toml
+
+      moetwin calibrate --device cuda --cpu-threads 8 --out h100-8-threads.toml
     """
     store.check_target(out, force=force)
     if out.suffix != ".toml":
@@ -135,7 +138,10 @@ def calibrate(
 
         profile = measure(machine, name=name or machine.hardware, repeats=repeats, seed=of_model.seed, progress=say)
     profile.save(out, force=force)
-    Console(highlight=False).print(f"profile: {out} ({profile.digest[:12]})", soft_wrap=True)
+    terminal = Console(highlight=False)
+    for table in tables(profile):
+        terminal.print(table)
+    terminal.print(f"profile: {out} ({profile.digest[:12]})", soft_wrap=True)
 
 
 @contextmanager
@@ -147,6 +153,7 @@ def machine_of(
     device: str = "auto",
     random_weights: bool = False,
     seed: int = 0,
+    cpu_threads: int | None = None,
     room: Callable[[], None] = lambda: None,
 ) -> Iterator[Machine]:
     """Loads a model on a device, with its experts on the host; the device is closed in the end.
@@ -159,7 +166,7 @@ def machine_of(
         from real.device import open_device
         from real.models.load import load
 
-        opened = open_device(device)
+        opened = open_device(device, cpu_threads)
     with opened:
         room()
         with status(f"loading {model}"):

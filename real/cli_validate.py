@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 
+from real.checks import check_cpu_threads
+from real.options import CpuThreads
 from real.progress import status
 from sim import options
 from sim.target import DTYPE_OF
@@ -59,9 +61,13 @@ def validate(
     calibration: Annotated[str, typer.Option(help="Another recording, for systems that are fitted to one.")] = "code",
     time_limit: Annotated[
         str | None,
-        typer.Option(help="Stop before this time (30m), and judge what is there; begin nothing that would not fit."),
+        typer.Option(
+            help="Stop measuring before this time (30m), and begin nothing that would not fit; judging what is there "
+            "follows, a few seconds a configuration at most."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of random weights and of synthetic routing.")] = 0,
+    cpu_threads: CpuThreads = None,
     archive: Annotated[Path | None, typer.Option(help="Also write the whole folder as one .tar.gz file.")] = None,
     as_json: options.AsJson = False,
 ) -> Measured:
@@ -80,9 +86,8 @@ def validate(
     begun_s = time.monotonic()
     limit_s = None if time_limit is None else _seconds(time_limit)
     _check_archive(archive, out)
-    wanted = _Wanted(
-        tuple(model or ()), device, dtype, systems, caches, repeats, tokens, sequences, trace, calibration, seed
-    )
+    named = (tuple(model or ()), device, dtype, systems, caches)
+    wanted = _Wanted(*named, repeats, tokens, sequences, trace, calibration, seed, cpu_threads)
     with status("loading"):
         validation = wanted.validation(out)
     before = validation.progress()
@@ -114,6 +119,7 @@ class _Wanted:
     trace: str
     calibration: str
     seed: int
+    cpu_threads: int | None
 
     def validation(self, out: Path) -> Validation:
         """What runs in the folder ``out``; raises :class:`InputError` for whatever could not be run."""
@@ -128,6 +134,7 @@ class _Wanted:
         from real.validate import DEFAULT_SYSTEMS, Settings, Validation
 
         device = "cuda" if on_gpu(self.device) else "cpu"
+        check_cpu_threads(self.cpu_threads, device)
         models, dtype = self.models or DEFAULT_MODELS[device], self.dtype or DEFAULT_DTYPES[device]
         settings = Settings(
             device=device,
@@ -141,6 +148,7 @@ class _Wanted:
             trace=recorded.digest,
             calibration=learned.digest,
             seed=self.seed,
+            cpu_threads=self.cpu_threads,
         )
         sizes = {"sequences": self.sequences, "tokens": self.tokens, "seed": self.seed}
         return Validation(out, settings, [subject(name, dtype, recorded, learned, **sizes) for name in models])

@@ -188,8 +188,10 @@ class CpuDevice(Device):
         self.flush()
         over = False
         while not over:
+            began_s = self.now_s()
             with self.lock:
                 self._sleep_until(news)
+                self.waited_s += self.now_s() - began_s
                 over, copied = done(), self._copies_ended != self._copies_seen
                 self._copies_seen = self._copies_ended
             if copied and on_copy is not None:

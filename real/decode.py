@@ -54,7 +54,7 @@ class Machine:
         with told_when_full():
             try:
                 loaded.model.to(device.torch_device)  # type: ignore[arg-type]
-            except torch.OutOfMemoryError:
+            except RuntimeError:
                 loaded.model.to("meta")  # type: ignore[arg-type]
                 raise
         return cls(loaded, device, store)
@@ -277,6 +277,7 @@ def _result(
     info = run_info("measured", workload, controller, hardware=machine.hardware, packages=packages, scored=scored)
     seen = {
         "peak": peak(machine.device.torch_device),
+        "cpu_threads": machine.device.cpu_threads,
         "notes": [*info.notes, *executor.notes, *machine.store.notes],
     }
     return _from_zero(executor.log.result(info.model_copy(update=seen)))

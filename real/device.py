@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from real.checks import check_cpu_threads
+from real.memory import give_back, told_when_full
 from traces.errors import InputError
 
 Run = Callable[[], None]
@@ -20,7 +22,8 @@ Chunks = Sequence[Run]
 """The pieces of a copy, in their order."""
 
 CHUNK_BYTES = 4 << 20
-"""A demand copy waits at most for one chunk, 75 us at 55 GB/s; on a CPU, 12.6 MB in these take 1% longer than whole."""
+"""A demand copy waits at most for so many bytes of prefetches, 75 us at 55 GB/s; on a CPU, 12.6 MB in these take 1%
+longer than whole."""
 
 
 class Work:
@@ -93,8 +96,12 @@ class Device(ABC):
     name: ClassVar[str]
     joins_layers: ClassVar[bool]
     chunk_bytes = CHUNK_BYTES
-    """A prefetch is copied in chunks of this size, and makes way for a demand copy between two; 0: whole."""
+    """What is under way of prefetches when a demand copy comes is at most this, or one expert of less; 0: whole."""
+    pieces: ClassVar[int] = 1
+    """Prefetches are handed over in so many pieces a chunk, all of which can be under way."""
     torch_device: torch.device
+    waited_s = 0.0
+    """Seconds for which the host has waited so far, without what it did meanwhile."""
 
     @abstractmethod
     def now_s(self) -> float:
@@ -124,6 +131,15 @@ class Device(ABC):
     def cpu(self, run: Callable[[], None]) -> Work:
         """Compute on the CPU's expert pool."""
 
+    @property
+    def cpu_threads(self) -> int:
+        """Threads that a CPU expert has."""
+        return 1
+
+    def use_cpu_threads(self, count: int) -> None:
+        """Gives the CPU experts from now on ``count`` threads each; raises :class:`InputError` where that is fixed."""
+        check_cpu_threads(count, self.name)
+
     @abstractmethod
     def promote(self, works: Sequence[Work]) -> None:
         """What is left of prefetches that are now waited for becomes demand copies."""
@@ -142,6 +158,10 @@ class Device(ABC):
 
         Raises the error of the first of ``works`` that failed.
         """
+
+    def await_compute(self, on_copy: Callable[[], None] | None = None) -> None:
+        """Waits for all compute that the host does not do itself; calls ``on_copy`` as copies end meanwhile."""
+        self.settle()
 
     @abstractmethod
     def settle(self) -> None:
@@ -164,8 +184,11 @@ class Device(ABC):
         self.close()
 
 
-def open_device(name: str = "auto") -> Device:
-    """The device called ``name``: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one. Raises InputError."""
+def open_device(name: str = "auto", cpu_threads: int | None = None) -> Device:
+    """The device called ``name``: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one. Raises InputError.
+
+    ``cpu_threads`` are those of a CPU expert; None leaves them to torch.
+    """
     from real.cpu_device import CpuDevice  # here, because both build on this module
     from real.cuda_device import CudaDevice
 
@@ -173,4 +196,11 @@ def open_device(name: str = "auto") -> Device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise InputError(f"device must be cpu, cuda or auto, got {name!r}")
-    return CudaDevice() if name == "cuda" else CpuDevice()
+    check_cpu_threads(cpu_threads, name)
+    with told_when_full():
+        if name == "cuda":
+            give_back()  # else what an earlier model has left counts as the next one's
+        opened = CudaDevice() if name == "cuda" else CpuDevice()
+    if cpu_threads is not None:
+        opened.use_cpu_threads(cpu_threads)
+    return opened

@@ -20,6 +20,7 @@ from real.device import Chunks, Device, Run, Work
 from real.grouped import Together, together
 from real.kernels import Kernel, kernel_for
 from real.models.load import LoadedModel
+from real.own_time import OwnTime, RouterApart
 from real.routing import RouteListener, RouterCall, RouterTap, lookahead, router_scores
 from real.store import DeviceSlots, HostStore
 from real.timing import TimedLayer
@@ -73,7 +74,8 @@ class Executor:
         self._scored = "scores" in controller.system.needs
         self._scores: Any = None
         self._run_expert = store.form.run
-        self._routers = [layer.router for layer in loaded.layers]
+        self._own = OwnTime(device)
+        self._routers = cast("list[nn.Module]", [RouterApart(layer.router, self._own) for layer in loaded.layers])
         self._listeners, self._router_means = listeners, router_means
         self._synchronous = controller.system.synchronous
         self._grouped = False if self._synchronous else grouped
@@ -84,7 +86,7 @@ class Executor:
         self._predictions: Predictions = ()
         self._book = StepBook()
         self._real: Tensor | None = None
-        self._bounds = _bounds(store.expert(0, 0), device.chunk_bytes)
+        self._bounds = _bounds(store.expert(0, 0), device.chunk_bytes, device.pieces)
         self._works: dict[int, Work] = {}
         self._loads: dict[int, Work] = {}  # by slot: what has filled it last
         self._reads: dict[int, Work] = {}  # by slot: what has read it last
@@ -92,7 +94,6 @@ class Executor:
         self._saves: list[tuple[Operation, Work, LayerRecord]] = []
         self._layers: list[TimedLayer] = []
         self._record = LayerRecord(0, 0)
-        self._idle_s = self._routed_s = 0.0  # waited in this layer, and spent at its router
         self._step_mark: Any = None
         self._dense_mark: Any = None
 
@@ -155,36 +156,41 @@ class Executor:
 
     def on_route(self, call: RouterCall) -> None:
         """Reads a router's scores and looks ahead from its input when the system needs it; never changes the choice."""
-        self._routed_s = 0.0
+        self._own.begin()
         if self._scored:
+            self._await_compute()
             scores = router_scores(call.logits)
             real = scores if self._real is None else scores[self._real.cpu().numpy()]
             self._scores = real.astype("float64") if self._scores_at is None else self._scores_at(call.layer)
-        if not self._depth:
-            return
-        width, means = call.ids.shape[-1], self._router_means
-        ids = lookahead(call.hidden, call.layer, self._depth, self._routers, width, means)
-        if self._forecast is not None:
-            self._predictions = self._forecast(call.layer)
-            return
+        if self._depth:
+            width, means = call.ids.shape[-1], self._router_means
+            ids = lookahead(call.hidden, call.layer, self._depth, self._routers, width, means)
+            self._predictions = self._named(ids) if self._forecast is None else self._forecast(call.layer)
+        self._own.end()
+
+    def _named(self, ids: Tensor) -> Predictions:
+        """How often each expert is named in ids [T, D, k] for real tokens, by distance."""
         rows = ids if self._real is None else ids[self._real]
-        named = rows.transpose(0, 1).flatten(1).tolist()  # by distance
+        by_distance = rows.transpose(0, 1).flatten(1)
+        self._await_compute()
         began_s = perf_counter()
-        self._predictions = [most_named(experts) for experts in named]
-        self._routed_s = perf_counter() - began_s
+        named = by_distance.tolist()
+        self._own.leave_out(perf_counter() - began_s)
+        return [most_named(experts) for experts in named]
 
     def experts(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The output [T, H] of one layer's experts for ``hidden`` [T, H], ``ids`` and ``weights`` [T, k]."""
         if len(self._layers) < layer:
             self._pass_over(layer)
-        began_s, begun = perf_counter(), self._device.mark()
+        self._own.begin()
+        begun = self._device.mark()
         if self._prefetches:
             self._device.flush()  # so that the link has work while the choice is awaited
-        kernel = kernel_for(self.compute, hidden, ids, weights, self._real)
-        self._idle_s = kernel.read_s
+        kernel = kernel_for(self.compute, hidden, ids, weights, self._real, self._await_compute)
+        self._own.leave_out(kernel.read_s)
         if self._prefetches:
             self._poll()
-            self._withdraw()
+            self._withdraw(layer, kernel.routing)
         routing = kernel.routing._replace(scores=self._scores) if self._scored else kernel.routing
         record = self._record = LayerRecord(self._book.index, layer)
         record.plan = plan = self._controller.plan_layer(layer, routing, self._predictions)
@@ -196,7 +202,8 @@ class Executor:
         ended = self._device.mark()
         self._layers.append(TimedLayer(record, works, self._dense_mark, begun, ended))
         self._dense_mark = ended
-        record.python_s = self._routed_s + perf_counter() - began_s - self._idle_s
+        self._own.end()
+        record.python_s = self._own.take()
         return result
 
     def _pass_over(self, layer: int) -> None:
@@ -249,12 +256,14 @@ class Executor:
         return works
 
     def _wait(self, works: Sequence[Work], on_copy: Run | None = None, *, alone: bool = False) -> None:
-        """Waits, and notes for how long; ``alone``: until nothing else is under way, also where devices only order."""
-        began_s = perf_counter()
+        """Waits; ``alone``: until nothing else is under way, also where devices only order."""
         self._device.wait(works, on_copy)
         if alone:
             self._device.settle()
-        self._idle_s += perf_counter() - began_s
+
+    def _await_compute(self) -> None:
+        """Waits for the GPU to have come here; the link gets further prefetches meanwhile."""
+        self._device.await_compute(self._pull if self._prefetching else None)
 
     def _start(self, operation: Operation, kernel: Kernel) -> Work:
         if operation.op == GPU:
@@ -313,9 +322,10 @@ class Executor:
             for stretch in one.work.stretches or [(one.work.start_s, one.work.end_s)]:
                 self.log.event("link", "prefetch", one.record, one.operation.expert, *stretch)
 
-    def _withdraw(self) -> None:
-        """Takes back prefetches that have not begun: with the choice of this layer known, they are decided anew."""
-        taken = self._device.withdraw([one.work for one in self._prefetches])
+    def _withdraw(self, layer: int, routing: Routing) -> None:
+        """Takes back prefetches that have not begun and, with the choice of this layer known, are stale."""
+        stale = [one.work for one in self._prefetches if self._controller.is_stale(one.operation, layer, routing)]
+        taken = self._device.withdraw(stale)
         for one in [one for one in reversed(self._prefetches) if one.work in taken]:
             self._prefetches.remove(one)
             del self._works[one.operation.id]
@@ -370,10 +380,11 @@ def _experts_forward(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Te
     return executor.experts(layer, hidden, ids, weights)
 
 
-def _bounds(flat: Tensor, chunk_bytes: int) -> list[tuple[int, int]]:
-    """Where each chunk of a flat expert begins and ends, in elements; ``chunk_bytes`` 0: in one."""
+def _bounds(flat: Tensor, chunk_bytes: int, pieces: int = 1) -> list[tuple[int, int]]:
+    """Where each of the pieces begins and ends in which a flat expert is prefetched, in elements: a chunk, or an expert
+    of less, goes in so many pieces. ``chunk_bytes`` 0: in one."""
     elements = len(flat)
-    chunk = max(1, chunk_bytes // flat.element_size()) if chunk_bytes else elements
+    chunk = max(1, min(chunk_bytes, flat.nbytes) // flat.element_size() // pieces) if chunk_bytes else elements
     return [*pairwise([*range(0, elements, chunk), elements])]
 
 

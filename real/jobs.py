@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from real.checks import check_temperature
+from real.cli import unused_lanes
 from real.memory import on_gpu, workspace_bytes
 from real.progress import bar, status
 from sim.costs import Costs, RooflineCosts
 from sim.memory import MemoryPlan
-from sim.needs import check_needs, has_residuals, router_means
+from sim.needs import check_needs, has_residuals, learned_digest, router_means
 from sim.presets import Preset
-from sim.profile import ProfileCosts
+from sim.profile import ProfileCosts, other_threads
 from sim.results import RunResult
 from sim.spec import ModelSpec, catalogue
 from sim.spec.profile import Profile
@@ -104,6 +105,14 @@ class Limits:
             return []
         machine = catalogue.REFERENCE_MACHINE
         return [f"policies weighed the costs of {machine}, not of this machine (give --profile for its own)"]
+
+    def noted(self, run: RunResult, plan: MemoryPlan, costs: Costs, notes: list[str]) -> RunResult:
+        """The run with what it was told beforehand, the memory that was planned, and ``notes`` before its own."""
+        threads = other_threads(costs.profile, run.info.cpu_threads) if isinstance(costs, ProfileCosts) else []
+        told = {"costs": costs.name, "calibration_digest": learned_digest(self.calibration)}
+        changed = {**told, "memory": plan.model_dump(), "notes": [*notes, *threads, *run.info.notes]}
+        run.info = run.info.model_copy(update=changed)
+        return run
 
     def fitted(self, preset: Preset, trace: Trace | None = None) -> tuple[SystemSpec, list[str]]:
         """The system as it runs with the calibration and the look-ahead of ``trace`` there are, and what has to be told
@@ -222,7 +231,7 @@ class TraceJob:
                     run = replay(
                         machine, workload, system, budget, costs, calibration=limits.calibration, progress=advance
                     )
-                    done.append(_noted(run, plan, costs, [*told, *notes, *limits.doubts(system, costs)]))
+                    done.append(limits.noted(run, plan, costs, [*told, *notes, *limits.doubts(system, costs)]))
         return runs, workload.trace
 
 
@@ -261,7 +270,8 @@ class PromptJob:
         check_positions(machine.loaded, encoded, generation.max_new_tokens)
         system, notes = limits.fitted(self._preset)
         budget, plan = limits.budget(self._preset, machine.loaded.spec, self._size(encoded))
-        costs, told = limits.costs(machine.loaded.spec), [_recording(generation)]
+        told = [*unused_lanes(limits.batch, len(encoded)), _recording(generation)]
+        costs = limits.costs(machine.loaded.spec)
         with self._shown(machine, encoded) as shown:
             run, trace, new = decode_prompts(
                 machine,
@@ -287,7 +297,9 @@ class PromptJob:
                 show(index)
                 typer.echo(text, nl=False)
             typer.echo()
-        return [[_noted(run, plan, costs, [*notes, *limits.doubts(system, costs), *cut, *told])]], trace
+        run = limits.noted(run, plan, costs, [*notes, *limits.doubts(system, costs), *cut, *told])
+        run.info = run.info.model_copy(update={"recorded": _recorded(generation)})
+        return [[run]], trace
 
     def _size(self, encoded: Sequence[Sequence[int]]) -> Size:
         longest = max(map(len, encoded))
@@ -307,16 +319,13 @@ class PromptJob:
             typer.echo()  # what follows, an error included, gets a line of its own
 
 
-def _noted(run: RunResult, plan: MemoryPlan, costs: Costs, notes: list[str]) -> RunResult:
-    changed = {"notes": [*notes, *run.info.notes], "memory": plan.model_dump(), "costs": costs.name}
-    run.info = run.info.model_copy(update=changed)
-    return run
+def _recorded(generation: Generation) -> str:
+    """What is taken down while prompts are continued; the experts always are, as they are what the run has run."""
+    return "experts, weights, scores and look-ahead" if generation.full_trace else "experts and weights"
 
 
 def _recording(generation: Generation) -> str:
-    """What is taken down while prompts are continued; the experts always are, as they are what the run has run."""
-    parts = "experts, weights, scores and look-ahead" if generation.full_trace else "experts and weights"
-    return f"routing was recorded ({parts}), which is a part of the dense layers' time"
+    return f"routing was recorded ({_recorded(generation)}), which is a part of the dense layers' time"
 
 
 def _other_machine(profile: Profile) -> list[str]:

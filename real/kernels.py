@@ -23,6 +23,13 @@ Compute = Callable[[Operation, Tensor], Tensor]
 """Computes an operation's expert on rows [n, H]."""
 ComputeTogether = Callable[[Sequence[Operation], Tensor], Tensor]
 """Computes the experts of several operations on rows [N, H], which stand in the order of these."""
+Wait = Callable[[], None]
+"""Waits until the GPU has done what was submitted."""
+
+
+def synchronize() -> None:
+    """Waits for the GPU's current stream."""
+    torch.cuda.current_stream().synchronize()
 
 
 class Kernel(ABC):
@@ -30,7 +37,7 @@ class Kernel(ABC):
 
     routing: Routing
     read_s = 0.0
-    """Seconds of waiting for the router's choice."""
+    """Seconds of reading the router's choice, without waiting for it."""
 
     def __init__(self, compute: Compute, hidden: Tensor, weights: Tensor) -> None:
         """``hidden`` [T, H] is the layer's input, ``weights`` [T, k] are those of the chosen experts."""
@@ -73,12 +80,14 @@ class Kernel(ABC):
         """The same on the host."""
         return on_host(self._rows(expert))
 
-    def _read(self, *tensors: Tensor) -> list[Any]:
-        """The values of ``tensors``, by one wait for the device."""
+    def _read(self, wait: Wait, *tensors: Tensor) -> list[Any]:
+        """The values of ``tensors``, by one ``wait`` for the device."""
         began_s = perf_counter()
         if tensors[0].is_cuda:
             tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
-            torch.cuda.current_stream().synchronize()
+            waits_s = perf_counter()
+            wait()
+            began_s += perf_counter() - waits_s
         values = [tensor.tolist() for tensor in tensors]
         self.read_s = perf_counter() - began_s
         return values
@@ -95,9 +104,11 @@ class Kernel(ABC):
 class OneToken(Kernel):
     """A pass of a single row, which is most of decoding: without rows to sort, the host has a tenth of the work."""
 
-    def __init__(self, compute: Compute, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+    def __init__(
+        self, compute: Compute, hidden: Tensor, ids: Tensor, weights: Tensor, wait: Wait = synchronize
+    ) -> None:
         super().__init__(compute, hidden, weights)
-        (experts,), (gates,) = self._read(ids, weights)
+        (experts,), (gates,) = self._read(wait, ids, weights)
         self._place = {expert: place for place, expert in enumerate(experts) if gates[place]}
         routed = len(self._place)
         absent = [place for place, gate in enumerate(gates) if not gate] if routed < len(gates) else []
@@ -128,11 +139,19 @@ class ManyTokens(Kernel):
     in :class:`OneToken`.
     """
 
-    def __init__(self, compute: Compute, hidden: Tensor, ids: Tensor, weights: Tensor, real: Tensor | None) -> None:
+    def __init__(
+        self,
+        compute: Compute,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        real: Tensor | None,
+        wait: Wait = synchronize,
+    ) -> None:
         super().__init__(compute, hidden, weights)
         routed = weights != 0 if real is None else (weights != 0) & real[:, None]
         flat = torch.where(routed, ids, NOT_ROUTED).flatten()
-        counted = Counter(self._read(flat)[0])
+        counted = Counter(self._read(wait, flat)[0])
         counted.pop(NOT_ROUTED, None)
         counts = dict(sorted(counted.items()))
         self.routing = Routing(tuple(counts), tuple(counts.values()), sum(counts.values()))
@@ -175,11 +194,19 @@ def on_host(rows: Tensor) -> Callable[[], Tensor]:
     return arrived
 
 
-def kernel_for(compute: Compute, hidden: Tensor, ids: Tensor, weights: Tensor, real: Tensor | None = None) -> Kernel:
+def kernel_for(
+    compute: Compute,
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    real: Tensor | None = None,
+    wait: Wait = synchronize,
+) -> Kernel:
     """The kernel of one layer: ``ids`` and ``weights`` [T, k] are the router's choice for ``hidden`` [T, H].
 
-    Rows where ``real`` [T] is false, and places of weight 0, are not routed.
+    Rows where ``real`` [T] is false, and places of weight 0, are not routed. On a GPU the host reads the choice after
+    ``wait``.
     """
     if real is None and len(ids) == 1:
-        return OneToken(compute, hidden, ids, weights)
-    return ManyTokens(compute, hidden, ids, weights, real)
+        return OneToken(compute, hidden, ids, weights, wait)
+    return ManyTokens(compute, hidden, ids, weights, real, wait)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # torch takes seconds to be imported, and what is only counte
 
 CUBLAS_BYTES = 32 * 2**20
 """What cuBLAS keeps on a GPU for its products: torch gives it this much on recent ones, and less on older ones."""
+FULL = ("CUDA error: out of memory", "CUDA driver error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What errors say that come of a full GPU, beside those of torch's allocator."""
 
 
 def on_gpu(device: str) -> bool:
@@ -98,7 +100,8 @@ def check_room(spec: ModelSpec, plan: MemoryPlan, *, gpu: bool) -> None:
 def _check_gpu(plan: MemoryPlan) -> None:
     import torch
 
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    with told_when_full():
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
     if plan.total_bytes > free_bytes:
         raise InputError(
             f"gpu-memory (or cache) must fit what is free of the GPU's memory ({free_bytes / 1e9:.2f} of "
@@ -109,23 +112,38 @@ def _check_gpu(plan: MemoryPlan) -> None:
 @contextmanager
 def told_when_full() -> Iterator[None]:
     """Turns a GPU that is out of memory into an :class:`InputError`, and lets go of what the failed work had taken."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
         clear_frames(error.__traceback__)  # their variables hold tensors
         wanted = str(error).partition("Tried to allocate ")[2].partition(". ")[0] or "more"
         raise _full(wanted) from None
 
 
-def _full(wanted: str) -> InputError:
+def is_full(error: RuntimeError) -> bool:
+    """Whether it says that a GPU is out of memory: torch's allocator has a type of its own for that, while the CUDA
+    driver, as it makes a context, and cuBLAS, which makes its handle later, only have words."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in FULL)
+
+
+def give_back() -> None:
+    """Gives the GPU's memory that nobody uses any longer back, which torch keeps for itself otherwise."""
     import torch
 
     gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _full(wanted: str) -> InputError:
+    import torch
+
     free = ""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    with suppress(RuntimeError, AssertionError):  # without a context nobody tells
+        give_back()
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         free = f" ({free_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB are free)"
     return InputError(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from real.checks import check_tokenizer
-from real.cli import MOST_SEED, Domains, choose
+from real.cli import MOST_SEED, Domains, Prompts, choose
 from real.jobs import Generation, Limits
 from real.models.names import SMALL_NAME, check_model
 from real.progress import status
@@ -21,6 +21,11 @@ from traces.errors import InputError, unknown_name
 from traces.limits import MOST_BATCH
 from traces.prompts import SHIPPED_PROMPTS, Prompt, load_prompts
 from traces.schema import Trace
+
+CpuThreads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Cores of an expert on the CPU, beside a CUDA device.", show_default="torch's choice"),
+]
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,12 @@ class ModelOptions:
     seed: Annotated[
         int, typer.Option(min=0, max=MOST_SEED, help="Of random weights, and of what is drawn at random.")
     ] = 0
+    cpu_threads: CpuThreads = None
 
     def loading(self) -> dict[str, Any]:
         """How the model is loaded, as keywords."""
-        return {name: getattr(self, name) for name in ("random_weights", "device", "dtype", "quant", "seed")}
+        names = ("random_weights", "device", "dtype", "quant", "seed", "cpu_threads")
+        return {name: getattr(self, name) for name in names}
 
     def dimensions(self) -> ModelSpec:
         """What is known of the model before it is loaded; raises :class:`InputError` for one that cannot be."""
@@ -68,7 +75,7 @@ class Texts:
     """The prompts, or the routing in place of them, as they were asked for."""
 
     prompt: Annotated[str | None, typer.Option(help="A text to continue.")] = None
-    prompts: Annotated[Path | None, typer.Option(help="A .jsonl or .txt file of prompts; else the project's.")] = None
+    prompts: Prompts = None
     domains: Domains = None
     routing: Annotated[
         str | None, typer.Option(help="Force the routing of this trace on the model, instead of prompts.")

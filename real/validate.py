@@ -6,12 +6,10 @@ the same call goes on where it stopped. A folder holds one validation: its setti
 
 from __future__ import annotations
 
-import datetime
 import gc
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from real.calibrate import calibrate, describe_machine
+from real.calibrate import calibrate
 from real.decode import Machine, replay
 from real.device import open_device
 from real.estimates import Took
 from real.memory import workspace_bytes
 from real.subjects import Subject, check_different, model_content, system_content
+from real.validation_folder import CONSTANTS, PROFILE_FILE, RUNS, check_weighed, claim, is_there
 from sim.memory import MemoryPlan
-from sim.needs import check_needs, has_residuals
+from sim.needs import check_needs, has_residuals, learned_digest
 from sim.presets import Preset, find_preset
 from sim.profile import ProfileCosts
-from sim.results import check_folder
 from sim.spec.profile import Profile
 from sim.systems import Budget, SystemSpec, parse_capacity
 from traces.errors import InputError
@@ -82,6 +80,7 @@ class Settings:
     seed: int = 0
     protocol: int = PROTOCOL_VERSION
     content: tuple[str, ...] = ()
+    cpu_threads: int | None = None
 
     @property
     def digest(self) -> str:
@@ -121,7 +120,7 @@ class Validation:
 
     def __init__(self, out: Path, settings: Settings, subjects: Sequence[Subject]) -> None:
         """Raises :class:`InputError` for two models or systems of one name, which would share their folders, for a
-        system that cannot run here, and for a folder that holds something else."""
+        system that cannot run here, and for a folder that holds something else, or runs of another profile."""
         self._presets = [find_preset(name) for name in settings.systems]
         check_different("models", [one.name for one in subjects])
         check_different("systems", [one.name for one in self._presets])
@@ -132,7 +131,9 @@ class Validation:
         self.out, self.settings, self.subjects = out, replace(settings, content=content), subjects
         for one in subjects:
             self._check(one)
-        _claim(out, self.settings)
+        claim(out, {"digest": self.settings.digest, **asdict(self.settings)})
+        for one in subjects:
+            check_weighed(out / one.name)
 
     def run(
         self,
@@ -149,7 +150,7 @@ class Validation:
         clock = _Clock(limit_s, JUDGING_S * len(self._points()) * len(self.subjects), now_s)
         took, notes = Took(self.out, self.settings.device, self.settings.repeats), list[str]()
         for one in self.subjects:
-            missing = [piece for piece in self._pieces(one) if not _is_there(piece.folder)]
+            missing = [piece for piece in self._pieces(one) if not is_there(piece.folder)]
             if not missing and self._profile_of(one).exists():
                 continue
             needed_s = sum(took.estimate(one.spec, what) for what in self._ahead(one))
@@ -173,7 +174,7 @@ class Validation:
         total = 0
         for one in self.subjects:
             pieces = self._pieces(one)
-            left = [str(piece.folder.relative_to(self.out)) for piece in pieces if not _is_there(piece.folder)]
+            left = [str(piece.folder.relative_to(self.out)) for piece in pieces if not is_there(piece.folder)]
             left = left if self._profile_of(one).exists() else ["profile", *left]
             total += len(pieces) + 1
             if left:
@@ -184,7 +185,7 @@ class Validation:
         self, one: Subject, missing: Sequence[_Piece], clock: _Clock, took: Took, *told: Callable[..., None]
     ) -> None:
         with clock.timing() as opening:
-            opened = open_device(self.settings.device)
+            opened = open_device(self.settings.device, self.settings.cpu_threads)
         with opened as device:
             with clock.timing() as loading:
                 machine = Machine.prepare(one.load(), device, seed=self.settings.seed)
@@ -220,8 +221,8 @@ class Validation:
                 (system, notes), budget = _fitted(piece.preset, one, learned), _budget(piece, one, learned)
                 run = replay(machine, workload, system, budget, costs, calibration=learned)
                 memory = _memory(one, workload, budget, system.scope, gpu=machine.device.torch_device.type == "cuda")
-                about = {"costs": costs.name, "memory": memory, "notes": [*notes, *run.info.notes]}
-                run.info = run.info.model_copy(update=about)
+                about = {"costs": costs.name, "calibration_digest": learned_digest(learned), "memory": memory}
+                run.info = run.info.model_copy(update={**about, "notes": [*notes, *run.info.notes]})
                 run.save(piece.folder)
             took.keep(one.spec, run=running.seconds)
             advance()
@@ -253,19 +254,19 @@ class Validation:
         slots = str(max(1, 3 * one.spec.experts // 8))
         for repeat in range(1, CONSTANT_REPEATS + 1):
             for chosen in self._presets:
-                yield _Piece(self.out / one.name / "constants" / chosen.name / f"r{repeat}", chosen, slots, True)
+                yield _Piece(self.out / one.name / CONSTANTS / chosen.name / f"r{repeat}", chosen, slots, True)
 
     def _judged(self, one: Subject) -> Iterator[_Piece]:
         for repeat in range(1, self.settings.repeats + 1):
             for chosen, cache in self._points():
-                folder = self.out / one.name / "runs" / chosen.name / cache.replace("%", "pct") / f"r{repeat}"
+                folder = self.out / one.name / RUNS / chosen.name / cache.replace("%", "pct") / f"r{repeat}"
                 yield _Piece(folder, chosen, cache, False)
 
     def _points(self) -> list[tuple[Preset, str]]:
         return [(chosen, cache) for chosen in self._presets for cache in self.settings.caches]
 
     def _profile_of(self, one: Subject) -> Path:
-        return self.out / one.name / "profile.toml"
+        return self.out / one.name / PROFILE_FILE
 
     def _check(self, one: Subject) -> None:
         learned = _learned(one)
@@ -352,49 +353,3 @@ def _memory(one: Subject, workload: Workload, budget: Budget, scope: str, *, gpu
 def _labelled(workload: Workload, cache: str) -> Workload:
     """The workload with the cache size as it was asked for, which a system's slots do not always tell."""
     return replace(workload, about={**workload.about, "cache": cache})
-
-
-def _is_there(folder: Path) -> bool:
-    return (folder / "run.json").exists()
-
-
-def _claim(out: Path, settings: Settings) -> None:
-    """Writes the settings and the machine into a new folder; raises :class:`InputError` where others stand there."""
-    about = json.loads(json.dumps({"digest": settings.digest, **asdict(settings)}))
-    environment = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), **describe_machine()}
-    if not (out / "settings.json").exists():
-        check_folder(out, force=False)
-        _write(out / "environment.json", environment)  # first: a folder with settings is complete
-        _write(out / "settings.json", about)
-        return
-    _compare(out / "settings.json", about, "of the same validation")
-    _compare(out / "environment.json", environment, "of this machine and these versions")
-
-
-def _compare(path: Path, wanted: dict[str, Any], rule: str) -> None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"out must be a folder of a validation, got {path} ({error})") from error
-    for field, value in wanted.items():
-        if field not in ("digest", "date") and found.get(field) != value:
-            told = f"{field} {_short(found.get(field))} in place of {_short(value)}"
-            if field == "content":  # all else is equal: what is named has been edited
-                told = (
-                    f"another {', '.join(one.rpartition(': ')[0] for one in value if one not in found.get(field, []))}"
-                )
-            raise InputError(f"out must be a new folder, or one {rule}, got {path.parent} with {told}")
-
-
-def _short(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)[:60]
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise InputError(f"out must be a folder that can be written, got {path} ({error.strerror})") from error

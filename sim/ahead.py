@@ -10,6 +10,7 @@ from sim.logs import LayerRecord
 from sim.plan import COPY, CPU, GPU, LayerPlan, Operation
 from sim.queues import LINK_WINDOW
 from sim.timeline import EVENT_NAMES, NOTHING, Timeline
+from traces.workload import Routing
 
 if TYPE_CHECKING:
     from sim.engine import Engine
@@ -39,17 +40,19 @@ class AheadTimeline(Timeline):
         self._gpu_s = self._cpu_s = 0.0
         self._step = 0
 
-    def read_back(self, seconds: float) -> tuple[()]:
-        """The host reads the router's choice; the controller learns what has arrived by then, and what has not begun
-        is taken back."""
+    def read_back(self, seconds: float, layer: int, routing: Routing) -> tuple[()]:
+        """The host reads what ``layer``'s router chose; the controller learns what has arrived by then, and prefetches
+        that have not begun and are stale are taken back."""
         self.now_s += seconds
         self._serve(self.now_s)
         self._poll()
-        while self._prefetch:
-            operation = self._prefetch.pop()[0]
-            self._untimed.discard(operation.id)
-            self._log.withdrawn(operation)
-            self._controller.on_withdrawal(operation)
+        for submitted in [*reversed(self._prefetch)]:
+            operation = submitted[0]
+            if self._controller.is_stale(operation, layer, routing):
+                self._prefetch.remove(submitted)
+                self._untimed.discard(operation.id)
+                self._log.withdrawn(operation)
+                self._controller.on_withdrawal(operation)
         return NOTHING
 
     def dense(self, kind: str, record: LayerRecord, dispatch_s: float, duration_s: float) -> tuple[()]:
@@ -79,6 +82,8 @@ class AheadTimeline(Timeline):
             self._ends = self._still_open(now_s)
         self._gpu_s = now_s
         self._cpu_s = record.end_s = max(now_s, self._deferred_s)
+        if self._prefetch:
+            self._promote(plan.operations)
         self._submit(plan.operations, record)
         self._pull()
         return NOTHING
@@ -86,6 +91,13 @@ class AheadTimeline(Timeline):
     def finish(self) -> None:
         """Lets the link end what is still queued, though nobody waits for it."""
         self._serve(inf)
+
+    def _promote(self, operations: list[Operation]) -> None:
+        """What these operations wait for need not stand back any longer."""
+        waited = {number for operation in operations for number in operation.after}
+        for submitted in [one for one in self._prefetch if one[0].id in waited]:
+            self._prefetch.remove(submitted)
+            self._demand.append(submitted)
 
     def _submit(self, operations: list[Operation], record: LayerRecord) -> None:
         """Queues a layer's copies and kernels, and times what waits for nothing that is queued."""

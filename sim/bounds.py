@@ -27,8 +27,8 @@ stretch. The link copies one at a time, and after the last copy there come at le
 (m - c) copy + expert + head while c < m, else 0. This holds for every scope and every split of the slots over layers.
 
 A phase takes at least the sum over its stretches, and the run at least the longer of its own T and the sum of the
-phases. Left out, which only adds time: look-ahead, further operations, contention, write-back, the disk, what chunks
-cost beyond the copy itself.
+phases. Left out, which only adds time: look-ahead, what policies take to decide on a profile, further operations,
+contention, write-back, the disk, what chunks cost beyond the copy itself.
 
 The chain holds for systems whose dense work is on the GPU. Where it follows the experts to the CPU (``dense_follows``),
 a layer whose experts are all on the CPU may have its dense part there, too, needs no read-back, and hands nothing over:
@@ -44,12 +44,13 @@ from functools import cache
 from heapq import heapify, heappop, heappush
 from itertools import groupby
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from sim.costs import Costs
-from sim.run import routings_of
+from sim.profile import ProfileCosts
+from sim.results import RunResult
 from traces.batching import Requests, known_order
 from traces.schema import Array, Phase
 from traces.workload import Routing, Step, Workload
@@ -96,34 +97,82 @@ class Bounds:
     decode: Bound
     dense_follows: bool = False
 
+    @property
+    def told_s(self) -> dict[str, float]:
+        """The seconds alone, as a result keeps them: of the run, and of the passes of each phase."""
+        return {name: getattr(self, name).seconds for name in ("run", "prefill", "decode")}
 
-def lower_bound(prepared: Prepared, slots: int | None = None) -> Bounds:
-    """The bounds of a scenario, with as many slots as its system has, or ``slots``."""
-    own, system = prepared.budget.total(prepared.model.moe_layers, prepared.system.scope), prepared.system
+
+Kind: TypeAlias = tuple[int, bool, bool, str]
+"""What the bounds of one workload depend on: slots, what the system may do beyond others, and costs."""
+
+
+def kind_of(prepared: Prepared) -> Kind:
+    """Scenarios of the same work and machine that have the same kind have the same bounds."""
+    system, costs = prepared.system, _costs_of(prepared)
+    digest = costs.profile.digest if isinstance(costs, ProfileCosts) else costs.name
+    return prepared.slots, system.dense_follows, system.deferral > 0, digest
+
+
+def lower_bound(prepared: Prepared) -> Bounds:
+    """The bounds of a scenario with all slots that its limit gives, whatever its system makes of them.
+
+    Whoever holds every expert, whatever the limit, has the bounds of that, and who takes dense work to the CPU, or
+    defers experts, those of systems that may. Raises as :func:`bounds_of`.
+    """
+    system = prepared.system
     return bounds_of(
         prepared.plan,
-        prepared.costs,
-        own if slots is None else slots,
+        _costs_of(prepared),
+        prepared.slots,
         dense_follows=system.dense_follows,
         defers=system.deferral > 0,
     )
 
 
 def lower_bounds(compared: Sequence[Prepared]) -> list[Bounds]:
-    """The bounds of scenarios that differ in nothing but the system: one budget, the largest of them, bounds all.
-
-    Whoever holds every expert of the model, and so stands outside the budget, has bounds of its own, and so has who
-    takes dense work to the CPU, or defers experts.
-    """
-    slots = [one.budget.total(one.model.moe_layers, one.system.scope) for one in compared]
-    every = [one.model.moe_layers * one.model.experts for one in compared]
-    most = max((held for held, all_ in zip(slots, every, strict=True) if held < all_), default=0)
-    judged = [held if held == all_ else most for held, all_ in zip(slots, every, strict=True)]
-    kinds = [
-        (held, one.system.dense_follows, one.system.deferral > 0) for held, one in zip(judged, compared, strict=True)
-    ]
-    found = {kind: lower_bound(compared[kinds.index(kind)], kind[0]) for kind in dict.fromkeys(kinds)}
+    """The bounds of scenarios that differ in nothing but the system, worked out once for all of a kind."""
+    kinds = [kind_of(one) for one in compared]
+    found = {kind: lower_bound(compared[kinds.index(kind)]) for kind in dict.fromkeys(kinds)}
     return [found[kind] for kind in kinds]
+
+
+def _costs_of(prepared: Prepared) -> Costs:
+    """The costs of the scenario's run, which on a profile depend on its slots, but for what its policies take to
+    decide: others may decide in no time."""
+    costs = prepared.costs
+    if not isinstance(costs, ProfileCosts):
+        return costs
+    held = prepared.budget.total(prepared.model.moe_layers, prepared.system.scope) + prepared.budget.staging
+    return ProfileCosts(costs.profile.model_copy(update={"planning": ()})).for_run(prepared.system, held)
+
+
+def regret_of(run: RunResult, bounds: Bounds | None) -> dict[str, float | None]:
+    """What a run took beyond its ``bounds``, as in ``docs/metrics.md``; None where nothing was observed, or is bound.
+
+    ``bound_token_s`` and ``regret_token_s`` are seconds a decode token, ``regret`` and ``prefill_regret`` shares of the
+    bound.
+    """
+    names = ("bound_token_s", "regret_token_s", "regret", "prefill_regret")
+    if bounds is None:
+        return dict.fromkeys(names)
+    rows = run.tokens
+    steps = rows.drop_duplicates("step")
+    took_s = (steps.end_s - steps.start_s).groupby(steps.phase).sum()
+    decode_s, prefill_s = (float(took_s.get(int(phase), 0.0)) for phase in (Phase.DECODE, Phase.PREFILL))
+    tokens = int(rows.tokens[rows.phase == Phase.DECODE].sum())
+    bound_s = bounds.decode.seconds
+    found = (
+        _ratio(bound_s, tokens),
+        _ratio(decode_s - bound_s, tokens),
+        _ratio(decode_s - bound_s, bound_s),
+        _ratio(prefill_s - bounds.prefill.seconds, bounds.prefill.seconds),
+    )
+    return dict(zip(names, found, strict=True))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def bounds_of(
@@ -135,6 +184,8 @@ def bounds_of(
     whose CPU experts may join the next layer's output. Raises :class:`InputError` for requests that arrive over time:
     the order of their passes depends on the system.
     """
+    from sim.run import routings_of  # simpy is imported with it
+
     workload = known_order(plan, "a bound")
     routing = routings_of(workload.trace)
     passes = [(step, routing(step)) for step in workload]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from sim.presets import find_preset, preset, preset_names
+from sim.printing import console_for
 from sim.spec import BITS_PER_WEIGHT, HardwareSpec, ModelSpec, catalogue
 from sim.spec.overrides import handy
 from sim.systems import KINDS
@@ -45,7 +45,7 @@ def list_systems(as_json: AsJson = False) -> None:
         pool = " (one pool)" if system.scope == "global" else ""
         told = one.summary + (" (simulated only)" if one.sim_only else "")
         table.add_row(one.name, f"{system.evict}{pool}, {system.place}, {system.prefetch}", told)
-    Console().print(table)
+    console_for(table).print(table)
 
 
 @systems_app.command("show")
@@ -79,7 +79,7 @@ def show_system(
                 table.add_row(f"{field} {constant}", _shown(number))
         else:
             table.add_row(field, _shown(value))
-    Console().print(table)
+    console_for(table).print(table)
 
 
 @models_app.command("list")
@@ -103,7 +103,7 @@ def list_models(as_json: AsJson = False) -> None:
             f"{spec.dense_bytes / 1e9:.2f}",
             f"{spec.total_elements / 1e9:.1f}",
         )
-    Console().print(table)
+    console_for(table).print(table)
 
 
 @models_app.command("show")
@@ -133,7 +133,7 @@ def show_model(
     table.add_section()
     for quant in BITS_PER_WEIGHT:
         table.add_row(f"expert_bytes in {quant}", _shown(spec.with_experts_in(quant).expert_bytes))
-    Console().print(table)
+    console_for(table).print(table)
 
 
 @hardware_app.command("list")
@@ -150,10 +150,10 @@ def list_hardware(as_json: AsJson = False) -> None:
     table = _table("machine", "GPU GB", "GPU GB/s", "CPU GB/s", "link", "link GB/s")
     for spec in machines:
         table.add_row(spec.name, *_machine_cells(spec))
-    console = Console()
+    console = console_for(table)
     console.print(table)
     for kind, names in parts.items():
-        console.print(f"{kind}: {', '.join(names)}", highlight=False, markup=False)
+        console.print(f"{kind}: {', '.join(names)}", markup=False)
 
 
 @hardware_app.command("show")
@@ -191,7 +191,7 @@ def show_hardware(
         for field, number in fields.items():
             table.add_row(part, field, _shown(number), _setting(part, field, number))
         table.add_section()
-    Console().print(table)
+    console_for(table).print(table)
 
 
 def _hardware_record(name: str, changes: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sim.printing import console_for
 from sim.spec import ModelSpec, catalogue
 from traces import store
 from traces.errors import InputError
@@ -153,7 +154,8 @@ def _tell(out: Path, made: Trace, law: Law, portraits: tuple[Portrait, ...], *, 
         record |= {"statistics": dict(zip(names, portraits, strict=True))}
         typer.echo(json.dumps(record, indent=2, allow_nan=False))
         return
-    Console().print(_table(made, portraits))
+    table = _table(made, portraits)
+    console_for(table).print(table)
     typer.echo(f"{out}: {len(made)} tokens, synthetic, digest {made.digest}")
 
 

@@ -2,8 +2,9 @@
 
 The clock calls, from one thread: :meth:`~OffloadController.begin_step`, then for each MoE layer
 :meth:`~OffloadController.plan_layer`, and, while its link has room, :meth:`~OffloadController.next_transfer`. It
-reports arrivals of prefetched experts with :meth:`~OffloadController.on_arrival`, and with
-:meth:`~OffloadController.on_withdrawal` those that it has taken back because they had not begun.
+reports arrivals of prefetched experts with :meth:`~OffloadController.on_arrival`. Once a layer's choice is known, it
+takes back those that have not begun and of which :meth:`~OffloadController.is_stale` says so, and reports them with
+:meth:`~OffloadController.on_withdrawal`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sim.host_memory import HostMemory
 from sim.plan import LayerPlan, Operation
 from sim.policies import LayerView, PolicyContext
 from sim.policies.base import Assignment, Calibration, Future, Policy, PrefetchView
-from sim.policies.place.split import makespan_s, split
+from sim.policies.place.split import makespan_s, place_timed, schedule_s, split
 from sim.systems import Budget, SystemSpec
 from traces.workload import Routing
 
@@ -94,6 +95,7 @@ class OffloadController:
         self._hear_uses = [one for one in told if _hears(one, "observe")]
         self._defers, self._protected_ranks = system.deferral > 0, shape.top_k - system.deferral
         self._looks_ahead = system.prefetch != "none" and not system.synchronous
+        self._weighs_time = self._looks_ahead and self._prefetch.weighs_time
         self._predicted = predicted
         held = budget.host_slots
         memory = HostMemory(held) if held is not None and held < context.blocks else None
@@ -145,8 +147,10 @@ class OffloadController:
             on_cpu, on_gpu, fetched = [*load], NOTHING, NOTHING
         elif self._place.uses_cpu and (missing or self._place.takes_hits):
             assigned = self._assign(layer, load, parts)
+            cpu, gpu, copies, _ = assigned[0]
             base = layer * self.shape.experts
-            on_cpu, on_gpu, fetched = ([base + one for one in part] for part in assigned[0][:3])
+            on_cpu, on_gpu = [base + expert for expert in cpu], [base + expert for expert in gpu]
+            fetched = [base + expert for expert in copies]
         else:
             on_cpu, on_gpu, fetched = NOTHING, [*hits, *late, *missing], missing
         verdict = self.cache.settle(layer, load, fetched, self._evict) if fetched else None
@@ -162,7 +166,7 @@ class OffloadController:
         else:
             draft.gpu(on_gpu, self.cache.in_flight)
         if self._looks_ahead:
-            times_s = self._times(layer, load, parts, assigned) if self._prefetch.weighs_time else (0.0, 0.0)
+            times_s = self._times(layer, load, parts, assigned) if self._weighs_time else (0.0, 0.0)
             self._look_ahead(layer, load, expected, *times_s)
         hit_tokens = sum(map(load.__getitem__, hits)) if routing.assignments > len(load) else len(hits)
         return _plan_of(
@@ -197,9 +201,15 @@ class OffloadController:
     def on_arrival(self, operation: Operation) -> None:
         """A prefetched expert is on the device."""
         del self.cache.in_flight[operation.layer * self.shape.experts + operation.expert]
+        self._draft.arrived(operation)
+
+    def is_stale(self, operation: Operation, layer: int, routing: Routing) -> bool:
+        """Whether a prefetch that has not begun is to be decided anew, now that ``layer``'s choice is known: all but
+        those that this layer fetches in any case, as its router chose them and nothing else may compute them."""
+        return self._place.uses_cpu or operation.layer != layer or operation.expert not in routing.experts
 
     def on_withdrawal(self, operation: Operation) -> None:
-        """A prefetch that had not begun when a layer's choice became known is taken back, to be decided anew.
+        """A stale prefetch has been taken back: its expert, where it is wanted at all, is decided anew.
 
         Its slot is free; the expert that had made room for it stays out.
         """
@@ -226,12 +236,16 @@ class OffloadController:
 
     def _assign(
         self, layer: int, load: Mapping[int, int], parts: tuple[list[int], list[int], list[int]]
-    ) -> tuple[Assignment, LayerView]:
-        """Asks the placement policy who computes what; ``parts`` are the blocks that hit, are late, and miss."""
-        view = self._view(layer, load, parts)
-        assignment = self._place.place(view)
+    ) -> tuple[Assignment, LayerView, float]:
+        """Asks the placement policy who computes what, and how long that takes where it is to be weighed; ``parts`` are
+        the blocks that hit, are late, and miss."""
+        view, seconds = self._view(layer, load, parts), 0.0
+        if self._weighs_time:
+            assignment, seconds = place_timed(self._place, view)
+        else:
+            assignment = self._place.place(view)
         self.fallbacks += assignment.fallback
-        return assignment, view
+        return assignment, view, seconds
 
     def _deferred(self, layer: int, routing: Routing, on_cpu: list[int]) -> list[int]:
         """Those of ``on_cpu`` that may join the next layer's output: no token of theirs has them among its best."""
@@ -301,15 +315,16 @@ class OffloadController:
         layer: int,
         load: Mapping[int, int],
         parts: tuple[list[int], list[int], list[int]],
-        assigned: tuple[Assignment, LayerView] | None,
+        assigned: tuple[Assignment, LayerView, float] | None,
     ) -> tuple[float, float]:
         """Predicted seconds until the link has brought this layer's copies, and until the next router has chosen."""
         if assigned is None:
             view = self._view(layer, load, parts)
-            assigned = split(view, ()), view
-        assignment, view = assigned
+            alone = split(view, ())
+            assigned = alone, view, makespan_s(view, alone)
+        assignment, view, seconds = assigned
         link_free_s = view.link_free_s + len(assignment.copies) * view.copy_s
-        return link_free_s, makespan_s(view, assignment) + self._predicted.router_s
+        return link_free_s, seconds + self._predicted.router_s
 
     def _scheduled_s(self, hits: tuple[int, ...], misses: tuple[int, ...]) -> float:
         """Seconds of a layer whose experts have these tokens, as the placement would have it; experts go by rank."""
@@ -324,7 +339,7 @@ class OffloadController:
             predicted.copy_s,
             gpu_free_s=predicted.gpu_free_s,
         )
-        return makespan_s(view, self._place.place(view) if self._place.uses_cpu else split(view, ()))
+        return schedule_s(self._place, view)
 
     def _victim(self, layer: int) -> int | None:
         """The block that a prefetch for ``layer`` may push out: -1 where a slot is free, None where all that is there

@@ -53,6 +53,9 @@ class Costs(Protocol):
     def write_back_s(self, size_bytes: int) -> float:
         """One copy from device to host."""
 
+    def deciding_s(self, experts: int) -> float:
+        """Deciding a layer in which so many distinct experts were chosen, beyond ``host.controller_s``."""
+
     def read_s(self, size_bytes: int) -> float:
         """One read from the disk; raises :class:`InputError` for a machine without one."""
 
@@ -135,6 +138,10 @@ class RooflineCosts:
         if disk is None:
             raise InputError(f"hardware must have a disk to read experts from, got {self.hardware.name}")
         return disk.latency_s + size_bytes / disk.bytes_per_s
+
+    def deciding_s(self, experts: int) -> float:
+        """Nothing: catalogues tell one number for all layers."""
+        return 0.0
 
     def hidden_bytes(self, tokens: int) -> int:
         return round(tokens * self.model.hidden * self.model.bytes_per_element)

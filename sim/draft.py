@@ -119,6 +119,10 @@ class Draft:
         self._evict.admit(block)
         return tuple(self.operations)
 
+    def arrived(self, operation: Operation) -> None:
+        """A prefetch has ended, and so has the write-back that it waited for."""
+        self._awaited_save.pop(operation.id, None)
+
     def withdraw(self, operation: Operation) -> None:
         """Gives back the slot of a prefetch that has not begun; what its copy had to wait for, the next one has to."""
         block = operation.layer * self._experts + operation.expert

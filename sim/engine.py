@@ -147,9 +147,10 @@ class Engine:
         machine, host = self._machine, self._host
         start_s = machine.now_s
         on_cpu = record.layer in self.controller.layers_on_cpu  # where the host reads the choice at once
-        yield from machine.read_back(0.0 if on_cpu else host.readback_s)
+        yield from machine.read_back(0.0 if on_cpu else host.readback_s, record.layer, routing)
         plan = record.plan = self.controller.plan_layer(record.layer, routing, predictions)
-        record.python_s = host.controller_s + host.operation_s * len(plan.operations)
+        record.python_s = host.controller_s + self.costs.deciding_s(plan.union)
+        record.python_s += host.operation_s * len(plan.operations)
         if plan.cpu_experts and not on_cpu:
             record.python_s += host.cpu_s
         yield from machine.sleep(record.python_s)

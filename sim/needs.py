@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sim.costs import Costs
 from sim.policies.base import Calibration
-from sim.systems import SystemSpec
+from sim.systems import Budget, SystemSpec
 from traces.errors import InputError
 from traces.schema import Trace
 
@@ -29,14 +30,28 @@ def check_needs(trace: Trace, system: SystemSpec, calibration: Calibration | Non
         )
 
 
+def check_costs(costs: Costs, system: SystemSpec, budget: Budget) -> None:
+    """Raises :class:`InputError` unless ``costs`` tell of what some runs alone ask for: dense CPU work, a disk."""
+    if system.dense_follows:
+        costs.cpu_dense_s(1, 1)
+    if budget.host_slots is not None:
+        costs.read_s(1)
+
+
 def has_residuals(trace: Trace) -> bool:
-    """Whether its look-ahead serves for that of a residual router: it is one's, or was made to a recall of its own."""
-    return trace.header.synthetic or trace.header.lookahead_router == "residual"
+    """Whether its look-ahead is a residual router's, or was made to the recall of one's."""
+    return trace.header.lookahead_router == "residual"
 
 
 def router_means(calibration: Calibration | None) -> str:
     """The mean router inputs that a calibration trace was recorded with; empty for none."""
     found: str = getattr(calibration, "router_means", "")
+    return found
+
+
+def learned_digest(calibration: Calibration | None) -> str:
+    """Digest of the trace that policies are given to learn from; empty for none, and for what has no digest."""
+    found: str = getattr(calibration, "digest", "")
     return found
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from sim.constants import constant_of
 from sim.memory import MemoryPlan
 from sim.policies import PLACEMENT, PREFETCH
 from sim.presets import Preset, find_preset, preset_names
+from sim.printing import console_for
 from sim.results import RunResult
 from sim.spec import catalogue
 from sim.systems import KINDS, Constant, SystemSpec, loads_beforehand, no_constant
@@ -82,6 +82,9 @@ Cache = Annotated[
 GpuMemory = Annotated[str | None, typer.Option(help="GPU memory to fit into, such as 8GiB, instead of --cache.")]
 Synchronous = Annotated[bool, typer.Option("--synchronous", help="One operation at a time, demand only (for parity).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+AsJsonLines = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of a table; with --systems JSON Lines, one each.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder, or over a file, that exists.")]
 
 
@@ -256,7 +259,7 @@ def show_run(run: RunResult, *, as_json: bool, to_stderr: bool = False, extra: M
         table.add_row(label, value)
     for note in run.info.notes:
         table.add_row("note", note)
-    Console(highlight=False, stderr=to_stderr).print(table)
+    console_for(table, stderr=to_stderr).print(table)
 
 
 def _figures(run: RunResult) -> dict[str, float | None]:
@@ -282,7 +285,7 @@ def show_runs(runs: Sequence[tuple[str, RunResult]], left_out: Mapping[str, str]
         hits, stalled = shown["hit ratio, by distinct expert"], shown["share of time stalled"]
         bytes_mb = shown["bytes fetched on demand, a token"].removesuffix(" MB")
         table.add_row(name, shown["tokens a second"], token_p50, token_p99, hits, bytes_mb, stalled)
-    console = Console(highlight=False)
+    console = console_for(table)
     console.print(table)
     held = {name: f"{run.info.capacity_slots} slots, {run.info.capacity_bytes / 1e6:,.1f} MB" for name, run in runs}
     console.print(f"experts held by each: {_by_each(held)}", soft_wrap=True)

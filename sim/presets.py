@@ -15,6 +15,10 @@ from sim.spec.faults import first_fault, read_toml
 from sim.systems import Budget, SystemSpec
 from traces.errors import InputError, unknown_name
 
+SYSTEM, CLAIRVOYANT, CEILING, OTHER = "system", "clairvoyant", "no limit", "other outputs"
+"""Roles: only systems compete. Who is clairvoyant knows the future, the ceiling ignores the budget: both are bounds.
+Others compute something else than the model."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*(?:[ .][A-Za-z0-9_+-]+)*")
 """What a system may be called: its results are a folder of that name."""
 
@@ -41,6 +45,15 @@ class Preset(BaseModel):
     @property
     def name(self) -> str:
         return self.system.name
+
+    @property
+    def role(self) -> str:
+        """What it is to others that it is compared with: one of the roles above."""
+        if self.unlimited:
+            return CEILING
+        if self.clairvoyant or "future" in self.system.needs:
+            return CLAIRVOYANT
+        return OTHER if self.system.deferral else SYSTEM
 
     def fitted(self, *, calibrated: bool, residuals: bool = True) -> tuple[SystemSpec, list[str]]:
         """The system as it runs with what there is of a calibration trace and of residuals, and what has to be told."""

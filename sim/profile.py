@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from sim.spec.model import ModelSpec
-from sim.spec.profile import Point, Profile
+from sim.spec.profile import TO_DEVICE, TO_HOST, TOGETHER, Planning, Point, Profile
 from sim.systems import KINDS, SystemSpec
 from traces.errors import InputError
 
@@ -31,24 +31,32 @@ class ProfileCosts:
             _check_same(model, profile.model)
         self.profile, self.host, self.chunk_bytes = profile, profile.host, profile.chunk_bytes
         self.name = f"profile {profile.name} {profile.digest[:12]}"
+        self._expert_s = 0.0
         self._outside: dict[str, tuple[int, int, int, int]] = {}
+        self._to_device, self._to_host = profile.transfer_points(TO_DEVICE), profile.transfer_points(TO_HOST)
         self._factors = {(one.resource, frozenset(one.others)): one.factor for one in profile.slowdowns}
 
     def for_run(self, system: SystemSpec, slots: int) -> ProfileCosts:
         """The costs of one run: with the time that the policies of ``system`` take to decide, and with what is quicker
         where the run has few ``slots``, staging included."""
-        profile, policies = self.profile, {(kind, getattr(system, kind)) for kind in KINDS}
-        deciding_s = sum(one.layer_s for one in profile.planning if (one.kind, one.policy) in policies)
+        profile, deciding = self.profile, self._planning(system)
+        deciding_s = sum(one.layer_s for one in deciding)
         host = profile.host.model_copy(update={"controller_s": profile.host.controller_s + deciding_s})
         pool = profile.small_pool
         quicker = {} if pool is None or slots > pool.slots else {"copies": pool.copies, "gpu_expert": pool.gpu_expert}
         made = ProfileCosts(profile.model_copy(update={"host": host, **quicker}))
-        made.name = self.name
+        made.name, made._expert_s = self.name, sum(one.expert_s for one in deciding)
         return made
 
     def slow(self) -> ProfileCosts:
         """The costs where every piece of work takes its 90th percentile, which carries the spread into a run's time."""
-        return ProfileCosts(self.profile.slow())
+        made = ProfileCosts(self.profile.slow())
+        made._expert_s = self._expert_s
+        return made
+
+    def deciding_s(self, experts: int) -> float:
+        """What was timed beyond decode's layers grows with the distinct experts beyond those of one token."""
+        return self._expert_s * max(0, experts - self.profile.model.top_k)
 
     @cache  # noqa: B019 - a run keeps its one costs object alive anyway
     def dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
@@ -80,15 +88,23 @@ class ProfileCosts:
 
     @cache  # noqa: B019
     def copy_s(self, size_bytes: int) -> float:
-        """A part of the smallest copy that was measured, such as one of its chunks, takes its share of that."""
-        least = self.profile.copies[0]
-        if self.chunk_bytes and size_bytes < least.size:
-            return least.value_s * size_bytes / least.size
-        return self._at("copy", self.profile.copies, size_bytes)
+        """Sizes that were measured within runs, as one expert's is, take what they took there; others, such as that of
+        a chunk, what they took alone, times the ratio of the two for one expert. Where nothing was measured alone, a
+        chunk takes its share of an expert."""
+        within = self.profile.copies
+        if self._to_device and not within[0].size <= size_bytes <= within[-1].size:
+            return self._in_runs("copy", self._to_device, size_bytes)
+        if self.chunk_bytes and size_bytes < within[0].size:
+            return within[0].value_s * size_bytes / within[0].size
+        return self._at("copy", within, size_bytes)
 
+    @cache  # noqa: B019
     def write_back_s(self, size_bytes: int) -> float:
-        """As a copy to the device: the other direction is not measured, and taken to be as fast."""
-        return self.copy_s(size_bytes)
+        """What it took alone, times what a copy to the device takes within runs for each second that it takes alone;
+        as such a copy where no copies back were measured."""
+        if not (self._to_host and self._to_device):
+            return self.copy_s(size_bytes)
+        return self._in_runs("write-back", self._to_host, size_bytes)
 
     def read_s(self, size_bytes: int) -> float:
         """Raises :class:`InputError`: no disk is measured."""
@@ -112,15 +128,44 @@ class ProfileCosts:
         ]
         return [*self.profile.notes, *asked]
 
+    def _planning(self, system: SystemSpec) -> list[Planning]:
+        """What the policies of ``system`` were timed with: together, or else each."""
+        together = (TOGETHER, decided_by(system))
+        policies = {(kind, getattr(system, kind)) for kind in KINDS}
+        timed = {(one.kind, one.policy): one for one in self.profile.planning}
+        return [timed[together]] if together in timed else [one for key, one in timed.items() if key in policies]
+
+    def _in_runs(self, name: str, points: tuple[Point, ...], size_bytes: int) -> float:
+        """Seconds of a copy within runs, of which ``points`` tell what it took alone."""
+        expert = self.profile.copies[0]
+        return self._at(name, points, size_bytes) * expert.value_s / _through(expert.size, self._to_device)
+
     def _at(self, name: str, points: tuple[Point, ...], size: int) -> float:
         self._flag(name, size, points[0].size, points[-1].size)
-        return _line(size, [point.size for point in points], [point.value_s for point in points])
+        return _through(size, points)
 
     def _flag(self, name: str, size: int, least: int, most: int) -> None:
         """Remembers the farthest size asked for on either side of the measured range."""
         if size < least or size > most:
             low, high, _, _ = self._outside.get(name, (size, size, least, most))
             self._outside[name] = (min(low, size), max(high, size), least, most)
+
+
+def decided_by(system: SystemSpec) -> str:
+    """What the time to decide depends on, of a system: its policies, their constants, and whether layers share."""
+    constants = [f"{kind}.{name}={value}" for kind, own in system.options.items() for name, value in own.items()]
+    return " ".join([system.evict, system.place, system.prefetch, system.scope, *sorted(constants)])
+
+
+def other_threads(profile: Profile, threads: int | None) -> list[str]:
+    """What has to be told of a run on another number of ``threads`` for a CPU expert than ``profile`` tells of."""
+    if None in (profile.cpu_threads, threads) or profile.cpu_threads == threads:
+        return []
+    return [f"the profile was measured with {profile.cpu_threads} threads for a CPU expert, the run had {threads}"]
+
+
+def _through(size: float, points: tuple[Point, ...]) -> float:
+    return _line(size, [point.size for point in points], [point.value_s for point in points])
 
 
 def _line(size: float, sizes: list[int], seconds: list[float]) -> float:

@@ -11,6 +11,7 @@ from sim.costs import Costs
 from sim.logs import LayerRecord
 from sim.plan import COPY, CPU, EVICT, GPU, LayerPlan, Operation
 from sim.resources import Gpu, Job, Link, Resource
+from traces.workload import Routing
 
 if TYPE_CHECKING:
     from sim.engine import Engine
@@ -60,12 +61,12 @@ class Queues:
         if seconds:
             yield self.env.timeout(seconds)
 
-    def read_back(self, seconds: float) -> Waits:
-        """The host reads the router's choice; the controller learns what has arrived by then, and what has not begun
-        is taken back."""
+    def read_back(self, seconds: float, layer: int, routing: Routing) -> Waits:
+        """The host reads what ``layer``'s router chose; the controller learns what has arrived by then, and prefetches
+        that have not begun and are stale are taken back."""
         yield from self.sleep(seconds)
         self._poll()
-        self._withdraw()
+        self._withdraw(layer, routing)
 
     def dense(self, kind: str, record: LayerRecord, dispatch_s: float, duration_s: float) -> Waits:
         """Dispatches a dense part, runs it on the GPU after all that was submitted, and waits for its end."""
@@ -242,10 +243,12 @@ class Queues:
             self._controller.on_arrival(operation)
         self._arrived.clear()
 
-    def _withdraw(self) -> None:
-        for job in [job for job in reversed(self.link.second) if not job.begun]:  # slots go back as they were given
-            self.link.second.remove(job)
+    def _withdraw(self, layer: int, routing: Routing) -> None:
+        for job in [*reversed(self.link.second)]:  # slots go back as they were given
             (operation,) = job.operations
+            if job.begun or not self._controller.is_stale(operation, layer, routing):
+                continue
+            self.link.second.remove(job)
             self.pending.discard(operation.id)
             self._log.withdrawn(operation)
             self._controller.on_withdrawal(operation)

@@ -82,6 +82,10 @@ class RunInfo(BaseModel):
     layers_on_cpu: list[int] = []
     synthetic: bool = False
     slow_token_s: float | None = None
+    bounds_s: dict[str, float] = {}
+    cpu_threads: int | None = None
+    calibration_digest: str = ""
+    recorded: str = ""
     software: dict[str, str] = {}
     notes: list[str] = []
 

@@ -13,14 +13,14 @@ import numpy as np
 from sim.controller import ExpertShape, OffloadController, Predicted
 from sim.costs import Costs
 from sim.engine import Engine, Predictions
-from sim.needs import check_needs
+from sim.needs import check_needs, learned_digest
 from sim.policies.base import Calibration
 from sim.profile import ProfileCosts
 from sim.results import RunInfo, RunResult
 from sim.systems import Budget, SystemSpec
 from traces.batching import InOrder, Requests, known_order
 from traces.errors import InputError
-from traces.schema import NOT_ROUTED, Phase, Trace
+from traces.schema import NOT_ROUTED, Array, Phase, Trace
 from traces.workload import Routing, Step, Workload, best_ranks, next_uses, router_scores, routings
 
 
@@ -89,9 +89,10 @@ def routings_of(trace: Trace, *, scored: bool = False, ranked: bool = False) -> 
             for routing, ranks in zip(unranked(step), best_ranks(trace, step.rows), strict=True)
         ]
     if scored:
+        unscored = routings_of(trace)
         return lambda step: [
-            routing._replace(scores=router_scores(trace, step.rows, layer))
-            for layer, routing in enumerate(routings(trace, step))
+            routing._replace(scores=scores)
+            for routing, scores in zip(unscored(step), _scores_by_layer(trace, step.rows), strict=True)
         ]
     width = trace.header.top_k
     rows = np.flatnonzero(np.asarray(trace.phase) == Phase.DECODE)
@@ -110,6 +111,13 @@ def routings_of(trace: Trace, *, scored: bool = False, ranked: bool = False) -> 
         return [routing_of((tuple(experts), ones, width, None, None)) for experts in chosen[index].tolist()]
 
     return of_step
+
+
+def _scores_by_layer(trace: Trace, rows: Array) -> Iterable[Array]:
+    """:func:`traces.workload.router_scores` of every layer; for one token all at once, which is quicker."""
+    if trace.scores is None or len(rows) > 1:
+        return (router_scores(trace, rows, layer) for layer in range(trace.header.layers))
+    return np.asarray(trace.scores[rows[0]], dtype=np.float64)[:, None]  # [L, 1, E]
 
 
 def most_named(experts: Iterable[int]) -> list[tuple[int, int]]:
@@ -158,7 +166,8 @@ def simulate(
         engine.run(InOrder(plan), routing, predictions, progress)
         ran = plan
     info = run_info("simulated", ran, controller, hardware=hardware, packages=("numpy", "simpy"))
-    return engine.log.result(info.model_copy(update={"costs": costs.name, "notes": [*info.notes, *costs.notes]}))
+    told = {"costs": costs.name, "calibration_digest": learned_digest(calibration)}
+    return engine.log.result(info.model_copy(update={**told, "notes": [*info.notes, *costs.notes]}))
 
 
 def run_info(

@@ -14,7 +14,7 @@ from sim.card import check_limit
 from sim.card import notes_on as notes_on_card
 from sim.costs import Costs, RooflineCosts, TableCosts
 from sim.memory import MemoryPlan
-from sim.needs import check_needs, has_residuals
+from sim.needs import check_costs, check_needs, has_residuals
 from sim.policies.base import Calibration
 from sim.presets import Preset
 from sim.profile import ProfileCosts
@@ -80,15 +80,20 @@ class Scenario(BaseModel):
         context = self._context(longest)
         calibration = self._calibration(plan.trace)
         system, notes = self.system.fitted(calibrated=calibration is not None, residuals=has_residuals(plan.trace))
-        budget = self._budget(model, system, lanes, context, calibration)
+        even = budget_of(
+            model, lanes=lanes, context=context, cache=self.cache, gpu_memory=self.gpu_memory, scope=system.scope
+        )
+        budget = self._budget(model, even, calibration)
         hardware, costs = self._costs(model)
         check_needs(plan.trace, system, calibration)
+        check_costs(costs, system, budget)
         if "future" in system.needs:
             known_order(plan, system.needing("future"))
         memory = MemoryPlan.of(model, budget, scope=system.scope, lanes=lanes, context=context)
         arrivals = plan.arrivals if isinstance(plan, Requests) else None
         notes = [*changed, *(arrivals.notes if arrivals else ()), *self._notes_on_room(memory, costs), *notes]
-        return Prepared(plan, model, system, budget, hardware, costs, calibration, memory, notes, self.seed)
+        slots = (budget if self.system.unlimited else even).total(model.moe_layers, system.scope)
+        return Prepared(plan, model, system, budget, slots, hardware, costs, calibration, memory, notes, self.seed)
 
     def _notes_on_room(self, memory: MemoryPlan, costs: Costs) -> list[str]:
         """What has to be told of the memory that the run takes; a profile does not say what its machine has.
@@ -124,10 +129,7 @@ class Scenario(BaseModel):
 
         return TraceCalibration.of(_read_trace(self.calibration, "calibration")[0], judged, self.batch)
 
-    def _budget(self, model: ModelSpec, system: SystemSpec, lanes: int, context: int, calibration: Any) -> Budget:
-        even = budget_of(
-            model, lanes=lanes, context=context, cache=self.cache, gpu_memory=self.gpu_memory, scope=system.scope
-        )
+    def _budget(self, model: ModelSpec, even: Budget, calibration: Any) -> Budget:
         found = self.system.budget(even, layers=model.moe_layers, experts=model.experts, calibration=calibration)
         return found.model_copy(update={"host_slots": self._host_slots(model)})
 
@@ -186,12 +188,16 @@ def alongside(scenario: Scenario, systems: Sequence[Preset]) -> list[Scenario]:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a scenario comes to, checked and ready to run."""
+    """What a scenario comes to, checked and ready to run.
+
+    ``slots`` are those that the limit gives to experts in all, of which ``budget`` is what the system makes.
+    """
 
     plan: Workload | Requests
     model: ModelSpec
     system: SystemSpec
     budget: Budget
+    slots: int
     hardware: str
     costs: Costs
     calibration: Calibration | None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sim.logs import LayerRecord
 from sim.plan import COPY, CPU, EVICT, GPU, READ, LayerPlan, Operation
+from traces.workload import Routing
 
 if TYPE_CHECKING:
     from sim.engine import Engine
@@ -62,8 +63,8 @@ class Timeline:
         self.now_s += seconds
         return NOTHING
 
-    def read_back(self, seconds: float) -> tuple[()]:
-        """The host reads the router's choice; nothing has arrived that was not waited for."""
+    def read_back(self, seconds: float, layer: int, routing: Routing) -> tuple[()]:
+        """The host reads what ``layer``'s router chose; nothing has arrived that was not waited for."""
         self.now_s += seconds
         return NOTHING
 

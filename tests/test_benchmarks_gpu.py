@@ -135,6 +135,28 @@ def test_a_validation_that_misses_runs_is_gone_on_with(tmp_path: Path, printed: 
     assert statuses(run(tmp_path, program("validate-m", f"print({printed!r})"))) == [status]
 
 
+@pytest.mark.parametrize(
+    ("printed", "status", "told"),
+    [
+        ("== 3 passed, 16 skipped, 2 deselected in 1.20s ==", "done", "3 passed, 16 skipped"),
+        ("20 passed in 1.20s", "done", "20 passed, 0 skipped"),
+        ("1 failed, 2 passed, 1 error in 3s", "done", "2 passed, 0 skipped, 1 failed, 1 error"),
+        ("16 skipped, 25 deselected in 1.20s", "nothing tested", "nothing tested (0 passed, 16 skipped)"),
+        ("..s..", "done", "..s.."),
+    ],
+)
+def test_the_summary_says_how_many_tests_ran(tmp_path: Path, printed: str, status: str, told: str) -> None:
+    suite = run(tmp_path, program("tests", f"print('first line'); print({printed!r})"), program("late", ""))
+    assert statuses(suite) == [status, "done"]
+    assert f"Tests: {told}" in (tmp_path / "out/summary.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("device", "marked"), [("cuda", "gpu"), ("cpu", "not gpu")])
+def test_without_a_gpu_the_tests_are_those_that_need_none(tmp_path: Path, device: str, marked: str) -> None:
+    words = gpu_suite.steps_of("1", device, tmp_path, quick=True)[0].words
+    assert words[words.index("pytest") + 3] == marked
+
+
 def test_a_profile_is_handed_over_once_there_is_one(tmp_path: Path) -> None:
     profile = tmp_path / "profile.toml"
     step = Step("limits", ("-m", "x"), 1, 1, profile=profile)

@@ -85,6 +85,7 @@ def fit(trace: Trace, rng: np.random.Generator, *, say: Say = _nothing) -> Law:
         scores=trace.scores is not None,
         renormalised=_renormalised(trace),
         lookahead_recall=tuple(round(recall, 4) for recall in lookahead_recall(trace)),
+        lookahead_router=trace.header.lookahead_router,
         domains=_domains(trace),
     )
     overlaps = _Overlaps.of(trace, domain_opening)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from traces.memory import check_free
-from traces.schema import NOT_ROUTED, Array, Trace, TraceHeader, WeightDtype
+from traces.schema import NOT_ROUTED, Array, LookaheadRouter, Trace, TraceHeader, WeightDtype
 from traces.synthetic import Shape, rows_of, winners, within
 
 SMALLEST_SCORE = 1e-6
@@ -38,8 +38,8 @@ class Law:
     popularity, the most popular first. ``rank`` is the number of dimensions of the vector, the last of which may count
     for a fraction; ``drift`` is the correlation of the vector between one layer and the next. Scores are the softmax
     of ``sharpness`` times the fit; gates are those of the chosen experts, over their sum if ``renormalised``.
-    ``lookahead_recall`` is the share of experts that predictions 1, 2, ... layers ahead have right. ``domains`` has
-    the domain of each sequence of the source, or nothing.
+    ``lookahead_recall`` is the share of experts that predictions 1, 2, ... layers ahead have right, made by
+    ``lookahead_router`` in the source. ``domains`` has the domain of each sequence of the source, or nothing.
     """
 
     source: str
@@ -57,6 +57,7 @@ class Law:
     renormalised: bool = True
     scores: bool = False
     lookahead_recall: tuple[float, ...] = ()
+    lookahead_router: LookaheadRouter = "plain"
     domains: tuple[str, ...] = ()
 
     def bias_of(self, experts: int) -> Array:
@@ -73,8 +74,9 @@ class Law:
         return tuple(self.domains[place * len(self.domains) // sequences] for place in range(sequences))
 
     def told(self) -> str:
-        """The law in one line, for a header."""
-        own = {name: value for name, value in asdict(self).items() if name not in ("source", "domains")}
+        """The law in one line, for a header; what other fields of it say is left out."""
+        elsewhere = ("source", "domains", "lookahead_router")
+        own = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         return ", ".join(f"{name}={value}" for name, value in own.items())
 
 
@@ -132,6 +134,7 @@ def generate(law: Law, seed: int, shape: Shape, *, dtype: WeightDtype = "float32
         synthetic=True,
         domains=domains,
         software={"numpy": np.__version__},
+        lookahead_router=law.lookahead_router,
     )
     arrays = routed(law, np.random.default_rng(seed), lanes, header)
     return Trace.of(header, token_ids=np.zeros(lanes.rows), **rows_of(shape), **arrays)

@@ -46,6 +46,10 @@ class Phase(IntEnum):
     DECODE = 1
 
 
+LookaheadRouter = Literal["plain", "residual"]
+"""Which router predicts later layers."""
+
+
 class TraceHeader(BaseModel):
     """Provenance and dimensions of a trace; stored as JSON beside the arrays."""
 
@@ -67,7 +71,7 @@ class TraceHeader(BaseModel):
     prompts_digest: str = ""
     software: dict[str, str] = Field(default_factory=dict)
     licence: str = ""
-    lookahead_router: Literal["plain", "residual"] = Field(
+    lookahead_router: LookaheadRouter = Field(
         default="plain", description="what the later routers read: the layer's own input, or that plus mean residuals"
     )
     router_means: str = Field(

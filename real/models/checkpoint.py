@@ -63,7 +63,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
         """Looks at headers alone; raises :class:`InputError` when files and model do not fit each other."""
-        self.folder, self._packed = folder, _is_mxfp4(model)
+        self.folder, self._packed = folder, _is_mxfp4(model, folder)
         self._files = Shards.of(folder)
         self._wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._recipes: dict[str, _Recipe] = {}
@@ -174,14 +174,16 @@ class Checkpoint:
             raise InputError(f"{file} must hold {name} of shape {list(wanted)}, got {told}")
 
 
-def _is_mxfp4(model: PreTrainedModel) -> bool:
+def _is_mxfp4(model: PreTrainedModel, folder: Path) -> bool:
     """Whether the experts are packed in MXFP4; raises :class:`InputError` for other quantised weights."""
     quantised = getattr(model.config, "quantization_config", None)
     if quantised is None:
         return False
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
     if str(getattr(method, "value", method)) != "mxfp4":
-        raise InputError(f"quantization_config must be that of MXFP4 or be left out, got quant_method {method!r}")
+        raise InputError(
+            f"{folder}: quantization_config must be that of MXFP4 or be left out, got quant_method {method!r}"
+        )
     return True
 
 

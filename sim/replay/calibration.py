@@ -33,6 +33,11 @@ class TraceCalibration:
         return cls(Feed.of(trace, batch))
 
     @property
+    def digest(self) -> str:
+        """The content digest of the trace."""
+        return self.feed.trace.digest
+
+    @property
     def router_means(self) -> str:
         """The mean router inputs that were recorded with it, as in a header; empty for none."""
         return self.feed.trace.header.router_means

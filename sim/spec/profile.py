@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import (
@@ -18,7 +19,9 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -79,11 +82,27 @@ class Slowdown(_Table):
 
 
 class Planning(_Table):
-    """Seconds a layer that the host takes to decide with one policy, beyond the plainest of its kind."""
+    """Seconds a layer that the host takes to decide with one policy, beyond the plainest of its kind.
+
+    Of the kind :data:`TOGETHER` are the policies of a whole system, which may cost each other more than their sum.
+    """
 
     kind: str
     policy: str
     layer_s: NonNegativeFloat
+    expert_s: NonNegativeFloat = Field(
+        default=0.0, description="more for each of a layer's distinct experts beyond those of one token"
+    )
+
+    @model_serializer(mode="wrap")
+    def _told(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Profiles without the later field keep their digest."""
+        told: dict[str, Any] = fields(self)
+        return told if self.expert_s else {name: value for name, value in told.items() if name != "expert_s"}
+
+
+TOGETHER = "system"
+"""Kind of a :class:`Planning` whose policy is :func:`sim.profile.decided_by` of a system."""
 
 
 class Pool(_Table):
@@ -92,6 +111,40 @@ class Pool(_Table):
     slots: PositiveInt
     copies: tuple[Point, ...] = Field(min_length=1)
     gpu_expert: tuple[Point, ...] = Field(min_length=1)
+
+
+Direction = Literal["to-device", "to-host"]
+Memory = Literal["pinned", "pageable"]
+TO_DEVICE: Direction = "to-device"
+TO_HOST: Direction = "to-host"
+
+
+class Transfers(_Table):
+    """Seconds of single copies by bytes, between the device and one kind of the host's memory: alone, or beside work
+    that keeps the GPU busy."""
+
+    direction: Direction
+    memory: Memory
+    beside_gpu: bool
+    points: tuple[Point, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _usable(self) -> Transfers:
+        _check_ascending("transfers", [point.size for point in self.points])
+        if not all(point.value_s for point in self.points):
+            raise ValueError("transfers must take longer than 0 s, got 0")
+        return self
+
+
+class CpuThreads(_Table):
+    """Seconds of one CPU expert by tokens, with that many threads."""
+
+    threads: PositiveInt
+    points: tuple[Point, ...] = Field(min_length=1)
+
+
+LATER = ("transfers", "experts_pinned", "cpu_by_threads", "cpu_threads")
+"""Fields that count for a digest only where they say something: profiles without them keep theirs."""
 
 
 class Profile(_Table):
@@ -115,6 +168,10 @@ class Profile(_Table):
     small_pool: Pool | None = Field(default=None, description="what is quicker in a run of few slots")
     slowdowns: tuple[Slowdown, ...] = ()
     planning: tuple[Planning, ...] = Field(default=(), description="none for a policy: it counts as the plainest")
+    transfers: tuple[Transfers, ...] = Field(default=(), description="none: a copy back is as fast as one there")
+    experts_pinned: bool = Field(default=False, description="whether the experts were in pinned memory")
+    cpu_by_threads: tuple[CpuThreads, ...] = ()
+    cpu_threads: PositiveInt | None = Field(default=None, description="that a CPU expert had; none: not known")
     notes: tuple[str, ...] = Field(default=(), description="what is doubtful about these numbers")
     token_s: NonNegativeFloat = Field(description="mean measured seconds of a decode token in the calibration runs")
 
@@ -130,7 +187,16 @@ class Profile(_Table):
     @property
     def digest(self) -> str:
         """SHA-256 of the content: a result names the profile that it was computed with."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        empty = {name for name in LATER if not getattr(self, name)}
+        content = json.dumps(self.model_dump(mode="json", exclude=empty), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def transfer_points(self, direction: Direction) -> tuple[Point, ...]:
+        """Copies alone between the device and where the experts are; empty where they were not measured."""
+        memory: Memory = "pinned" if self.experts_pinned else "pageable"
+        wanted = (direction, memory, False)
+        tables = (one for one in self.transfers if (one.direction, one.memory, one.beside_gpu) == wanted)
+        return next((one.points for one in tables), ())
 
     def slow(self) -> Profile:
         """The same machine where every measured piece of work takes its 90th percentile."""

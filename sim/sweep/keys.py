@@ -20,7 +20,7 @@ from traces.store import load
 PACKAGES = ("numpy", "pandas", "simpy")
 """Those whose versions a run's figures may depend on."""
 
-NOT_RUN = ("cli*.py", "options.py", "presets.toml")
+NOT_RUN = ("cli*.py", "options.py", "printing.py", "presets.toml")
 """Files of ``sim`` and ``traces`` that no run depends on: the command line, and presets, which are read beforehand."""
 
 WORDS = {"summary", "source", "leaves_out", "sim_only", "clairvoyant"}

@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
+from sim.bounds import Bounds, Kind, kind_of, lower_bound, regret_of
 from sim.busy import busy_s
 from sim.groups import decode_by_group
+from sim.presets import SYSTEM, Preset
 from sim.results import RunResult
 from sim.scenario import Prepared, Scenario, alongside
 from sim.sweep.keys import key_of
+from sim.systems import SystemSpec
 from traces.errors import InputError
 
 
@@ -27,7 +30,8 @@ class Task:
 class Outcome:
     """What became of a task. ``refused`` is for good: its scenario cannot run; ``failed`` is worth another try.
 
-    Decode seconds and tokens of the groups of :mod:`sim.groups` tell how sure a difference to another point is.
+    Decode seconds and tokens of the groups of :mod:`sim.groups` tell how sure a difference to another point is. The
+    ``role`` is that of its :class:`sim.presets.Preset`: whether it competes with others.
     """
 
     key: str
@@ -37,6 +41,7 @@ class Outcome:
     decode_s_by_group: list[float] | None = None
     decode_tokens_by_group: list[int] | None = None
     notes: str = ""
+    role: str = SYSTEM
     synthetic: bool = False
     seconds: float = 0.0
 
@@ -57,10 +62,35 @@ def run_point(task: Task) -> Outcome:
         return Outcome(task.key, "refused", " ".join(str(error).split()), seconds=perf_counter() - begun_s)
     except Exception as error:
         return Outcome(task.key, "failed", _told(error), seconds=perf_counter() - begun_s)
-    figures = figures_of(run, prepared)
+    figures = {**figures_of(run, prepared), **regret_of(run, _bounds(task.scenario, prepared))}
     (seconds,), tokens = decode_by_group([run])
-    by_group, notes = (seconds.tolist(), tokens.tolist()), "; ".join(run.info.notes)
-    return Outcome(task.key, "ok", "", figures, *by_group, notes, run.info.synthetic, perf_counter() - begun_s)
+    return Outcome(
+        task.key,
+        "ok",
+        figures=figures,
+        decode_s_by_group=seconds.tolist(),
+        decode_tokens_by_group=tokens.tolist(),
+        notes="; ".join(run.info.notes),
+        role=task.scenario.system.role,
+        synthetic=run.info.synthetic,
+        seconds=perf_counter() - begun_s,
+    )
+
+
+_KNOWN: dict[tuple[str, Kind], Bounds] = {}
+"""The bounds that this process has worked out: points that differ in their policies share one."""
+
+
+def _bounds(scenario: Scenario, prepared: Prepared) -> Bounds | None:
+    """The bounds of a point; None where the clock decides the order of its passes."""
+    if prepared.workload is None:
+        return None
+    policies = {"system": Preset(system=SystemSpec()), "calibration": None, "lookahead_recall": None, "seed": 0}
+    work = scenario.model_copy(update={**policies, "cache": None, "gpu_memory": None})
+    key = key_of(work), kind_of(prepared)
+    if key not in _KNOWN:
+        _KNOWN[key] = lower_bound(prepared)
+    return _KNOWN[key]
 
 
 class _OtherContentError(Exception):

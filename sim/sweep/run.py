@@ -53,6 +53,7 @@ class Sweep:
             columns[name] = pd.Series([one.figures.get(name) for _, one in done], dtype="float64")
         for name in ("decode_s_by_group", "decode_tokens_by_group"):
             columns[name] = pd.Series([getattr(one, name) for _, one in done], dtype=object)
+        columns["role"] = pd.Series([one.role for _, one in done], dtype=str)
         columns["synthetic"] = pd.Series([one.synthetic for _, one in done], dtype=bool)
         columns["notes"] = pd.Series([one.notes for _, one in done], dtype=str)
         columns["seconds"] = pd.Series([one.seconds for _, one in done], dtype="float64")

@@ -1,4 +1,4 @@
-"""Tables of sweeps made by hand."""
+"""Tables of sweeps made by hand, and what is shown of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 import tomli_w
+from matplotlib.figure import Figure
 
+from analysis.sweep_commands import plot
+from analysis.sweep_table import Shown, SweepTable, View, shown
+
+LINK = "hardware.link_gb_per_s"
 LINKS = [4, 8, 16, 32]
 RATES = {"cpu": [10.0] * 4, "same": [10.0] * 4, "link": [4.0, 8.0, 12.0, 16.0]}
 BASE = {"trace": "mixed", "cache": "25%"}
@@ -27,7 +33,7 @@ def by_group(row: dict[str, Any]) -> dict[str, Any]:
 def stored(folder: Path, axes: dict[str, list[Any]], rows: list[dict[str, Any]]) -> Path:
     """A folder of a sweep over ``axes``, whose rows have these fields beside those of their axes."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"synthetic": False, "notes": "", **by_group(row), **row} for row in rows]
+    rows = [{"synthetic": False, "notes": "", "role": "system", **by_group(row), **row} for row in rows]
     (folder / "sweep.toml").write_text(tomli_w.dumps({"base": BASE, "axes": axes}))
     points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     table = pd.DataFrame([{**at, "status": "ok", "reason": "", **row} for at, row in zip(points, rows, strict=True)])
@@ -52,3 +58,17 @@ def by_numbers(folder: Path) -> Path:
     ]
     rows[5] = {"status": "refused", "reason": "no room", "tokens_per_s": None, "gpu_bytes": None}
     return stored(folder, {"cache": ["50%", "25%"], "hardware.link_gb_per_s": LINKS}, rows)
+
+
+def view(folder: Path, **asked: Any) -> Shown:
+    return shown(SweepTable.load(folder), View(**asked))
+
+
+def words_of(figure: Figure) -> list[str]:
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def told(capsys: pytest.CaptureFixture[str], folder: Path, out: Path | None = None, **asked: Any) -> list[str]:
+    as_json = asked.pop("as_json", False)
+    plot(folder, View(**asked), out=out, as_json=as_json, force=False)
+    return capsys.readouterr().out.splitlines()

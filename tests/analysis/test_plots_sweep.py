@@ -8,24 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
 from analysis.crossovers import crossings, leads, pareto
 from analysis.plots_sweep import crossovers, front, heatmap, lines
 from analysis.sweep_commands import plot
-from analysis.sweep_table import Axis, Shown, SweepTable, View, figure_label, hue_label, lower_is_better, shown
-from tests.analysis.sweeps import LINKS, RATES, by_link, by_numbers, stored
+from analysis.sweep_table import Axis, SweepTable, View, figure_label, hue_label, lower_is_better
+from tests.analysis.sweeps import LINK, LINKS, RATES, by_link, by_numbers, stored, told, view, words_of
 from traces.errors import InputError
-
-LINK = "hardware.link_gb_per_s"
-
-
-def view(folder: Path, **asked: Any) -> Shown:
-    return shown(SweepTable.load(folder), View(**asked))
-
-
-def words_of(figure: Figure) -> list[str]:
-    return [text.get_text() for ax in figure.axes for text in ax.texts]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +57,8 @@ def test_an_axis_that_spreads_is_logarithmic() -> None:
         ("gpu_bytes", "GPU memory (GB)", 1e-9, True),
         ("misses", "misses", 1.0, True),
         ("requests_per_s", "requests (a second)", 1.0, False),
+        ("regret", "regret (%)", 100.0, True),
+        ("regret_token_s", "regret token (ms)", 1e3, True),
     ],
 )
 def test_figures_have_labels_and_a_better_side(name: str, label: str, scale: float, lower: bool) -> None:
@@ -226,33 +217,33 @@ def test_numbers_in_a_legend_have_their_unit() -> None:
     assert hue_label(Axis.of("system", ["a"]), "a") == "a"
 
 
-def told(capsys: pytest.CaptureFixture[str], folder: Path, out: Path | None = None, **asked: Any) -> list[str]:
-    as_json = asked.pop("as_json", False)
-    plot(folder, View(**asked), out=out, as_json=as_json, force=False)
-    return capsys.readouterr().out.splitlines()
-
-
 def test_words_of_lines_and_crossovers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = by_link(tmp_path)
     first = "highest decode rate: cpu and same alike below 11.3 GB/s, link above 11.3 GB/s"
     alike = "not distinguishable: same from cpu at 4 GB/s, 8 GB/s"
-    assert told(capsys, folder) == [first, alike]
+    memory = "GPU memory of what is compared is not equal: cpu 1.00 GB, same 1.10 GB, link 1.20 GB"
+    assert told(capsys, folder) == [first, alike, memory]
     assert told(capsys, folder, kind="crossovers") == [
         first,
         "cpu wins below 11.3 GB/s, link above (interpolated between 8 GB/s and 16 GB/s)",
         "same wins below 11.3 GB/s, link above (interpolated between 8 GB/s and 16 GB/s)",
         alike,
+        memory,
     ]
     not_sure = "how sure this is, is known of the decode rate alone"
     assert told(capsys, folder, kind="crossovers", value="misses") == [
         "lowest misses: cpu from 4 GB/s to 32 GB/s",
         "no two of cpu, same, link cross",
         not_sure,
+        memory,
     ]
     rows = [{"stall_share": share, "tokens_per_s": 1.0} for share in (0.2, 0.4, 0.1, 0.7)]
     seeds = stored(tmp_path / "seeds", {"cache": [4, 8], "seed": [0, 1]}, rows)
     assert told(capsys, seeds, value="stall_share") == ["lowest stall share: 30.0% at cache 4", not_sure]
-    assert told(capsys, folder, where=("system=link",)) == [f"highest decode rate: 16.0 tokens/s at {LINK} 32"]
+    assert told(capsys, folder, where=("system=link",)) == [
+        f"highest decode rate: 16.0 tokens/s at {LINK} 32",
+        "GPU memory of what is compared: 1.20 GB",
+    ]
 
 
 def noisy(folder: Path, groups: int = 20) -> Path:
@@ -325,7 +316,8 @@ def test_the_highest_marker_is_whole(tmp_path: Path) -> None:
 
 def test_words_of_heat_maps_and_fronts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best = "highest decode rate: 1,600 tokens/s at cache 50%, hardware.link_gb_per_s 32"
-    assert told(capsys, by_numbers(tmp_path)) == [best, "left out: 1 points that did not run"]
+    memory = "GPU memory of what is compared is not equal: 250 MB to 500 MB"
+    assert told(capsys, by_numbers(tmp_path)) == [best, memory, "left out: 1 points that did not run"]
     assert told(capsys, by_link(tmp_path), kind="pareto") == [
         "2 of 12 points are beaten by no other, from the least GPU memory on:",
         "  cpu, 4 GB/s: 1.00 GB, 10.0 tokens/s",

@@ -10,6 +10,8 @@ from typer.testing import CliRunner, Result
 
 import moetwin
 from sim.results import RunResult
+from sim.spec import catalogue
+from tests.sim.profiles import point, profile
 from traces import store
 from traces.edit import slice_trace
 from traces.shipped import find_trace
@@ -195,6 +197,56 @@ def test_who_cannot_run_is_named_with_the_reason() -> None:
     assert "left out: hybrimoe: trace must have look-ahead of depth 3" in result.stderr
     assert len(result.stdout.splitlines()) == 1
     assert len(records("--systems", "hybrimoe,ktransformers", "--lookahead-recall", "0.8")) == 2
+
+
+def test_who_asks_for_what_a_profile_does_not_tell_is_left_out(folder: Path) -> None:
+    spec = catalogue.model("moetwin-small")
+    profile(model=spec, copies=(point(spec.expert_bytes, 1.0),)).save(folder / "p.toml")
+    result = simulate("--systems", "layer-split,on-demand", "--profile", "p.toml")
+    assert result.exit_code == 0
+    assert "left out: layer-split: dense_follows must be false with a profile" in result.stderr
+    assert "quickest without knowing the future: on-demand" in result.stdout
+    assert refused("--system", "layer-split", "--profile", "p.toml").startswith("dense_follows must be false")
+
+
+def test_a_run_has_a_bound_and_keeps_it(folder: Path) -> None:
+    words = ["--system", "hybrimoe", "--out", "own"]
+    (record,) = records(*words)
+    bound_s, beyond_s, regret = (record[name] for name in ("bound_token_s", "regret_token_s", "regret"))
+    assert isinstance(bound_s, float)
+    assert isinstance(beyond_s, float)
+    assert bound_s + beyond_s == pytest.approx(1 / float(str(record["tokens_per_s"])))
+    assert regret == pytest.approx(beyond_s / bound_s)
+    kept = RunResult.load_info(folder / "own").bounds_s
+    assert kept["decode"] == pytest.approx(bound_s * int(str(record["decode_tokens"])))
+    assert kept["run"] >= kept["decode"] + kept["prefill"] - 1e-9
+    assert record["bounds_s"] == kept
+    assert f"{bound_s * 1e3:.2f} ms; " in shown("--system", "hybrimoe")
+    (side,) = records("--systems", "hybrimoe", "--out", "runs")
+    assert (side["bound_token_s"], side["regret"]) == (bound_s, regret)
+    assert RunResult.load_info(folder / "runs" / "hybrimoe").bounds_s == kept
+
+
+def test_a_run_of_requests_that_arrive_has_no_bound() -> None:
+    words = ["--arrivals", "poisson", "--rate-per-s", "20"]
+    (record,) = records(*words)
+    assert (record["bounds_s"], record["regret"]) == ({}, None)
+    assert "by bound" not in shown(*words)
+
+
+def test_who_computes_something_else_is_marked_and_stands_outside(folder: Path) -> None:
+    Path("later.toml").write_text('like = "ktransformers"\nname = "later"\n[options.place]\ndefer = 2\n')
+    text = shown("--systems", "ktransformers,later.toml", "--calibration", "other.safetensors")
+    assert sum(line.startswith("later (other outputs)") for line in text.splitlines()) == 2
+    assert "quickest without knowing the future: ktransformers\n" in text
+    assert "later: deferral changes the model's outputs" in text
+
+
+@pytest.mark.parametrize("width", ["40", "80"])
+def test_tables_cut_nothing(monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    for words in (["--systems", "oracle,hybrimoe,layer-split", "--batch", "4"], ["--system", "hybrimoe"]):
+        assert "\N{HORIZONTAL ELLIPSIS}" not in shown(*words)
 
 
 def test_what_needs_the_order_of_passes_is_left_out_where_requests_arrive(folder: Path) -> None:

@@ -38,6 +38,7 @@ def test_a_grid_is_run_told_and_plotted() -> None:
     assert done.stdout.splitlines() == [
         "4 points: 2 ok, 2 refused",
         "2 x cache must be between 1 and 32 slots, got 1% which is 0",
+        "GPU memory of what is compared: 16.3 MB",
         "2 of 4 points: on synthetic routing",
         "out: s/sweep.parquet",
     ]

@@ -87,6 +87,37 @@ def test_skill_is_our_median_error_over_that_of_each_systems_constant() -> None:
     assert math.isnan(overall(tables(math.nan))["skill"])
 
 
+def test_figures_by_system_tell_what_those_of_all_hide() -> None:
+    """b is measured at 30 ms twice, simulated at 30 and 33; its constant of 31 ms is off by a thirtieth."""
+    given = tables()
+    given.tokens.loc[given.tokens.system == "b", "constant_s"] = 31 * MS
+    found = {one["system"]: one for one in figures(given)["systems"]}
+    assert list(found) == ["a", "b", "c"]
+    assert (found["b"]["model"], found["b"]["tokens"]) == ("m", 4)
+    assert found["b"]["median_error"] == found["b"]["bias"] == pytest.approx(0.05)
+    assert found["b"]["constant_error"] == pytest.approx(1 / 30)
+    assert found["b"]["skill"] == pytest.approx(1.5)
+    assert found["a"]["bias"] == pytest.approx((0.1 - 0.05) / 2)
+    shown = Outcome(given, figures(given), {}, "cpu")
+    row = ("m", "b", "4", "5.0%", "+5.0%", "3.3%", "1.50")
+    assert f"| {' | '.join(row)} |" in render_markdown(shown)
+    page = render_html(shown)
+    assert "By system, over its cache sizes" in page
+    assert all(f'<td class="n">{cell}</td>' in page for cell in row[2:])
+    (note,) = [card.note for card in cards(shown) if card.title == "Skill"]
+    assert found["a"]["skill"] == pytest.approx(0.075 / 0.875)
+    assert note.endswith("; by system 0.086 to 1.50")
+
+
+def test_a_system_without_a_constant_has_errors_and_no_skill() -> None:
+    given = tables()
+    given.tokens.loc[given.tokens.system == "b", "constant_s"] = math.nan
+    (one,) = [one for one in figures(given)["systems"] if one["system"] == "b"]
+    assert one["median_error"] == pytest.approx(0.05)
+    assert math.isnan(one["constant_error"])
+    assert math.isnan(one["skill"])
+
+
 def test_tau_is_over_all_points_that_the_noise_tells_apart() -> None:
     """b at both sizes and c lie within 2 %; of the other seven pairs six are ordered as measured."""
     found = overall(tables())
@@ -207,7 +238,7 @@ def test_the_page_stands_alone_and_tells_everything() -> None:
 
 def test_markdown_has_a_row_a_point_and_every_table_is_even() -> None:
     lines = render_markdown(outcome()).splitlines()
-    assert sum(line.startswith("| m |") for line in lines) == len(POINTS)
+    assert sum(line.startswith("| m |") for line in lines) == len(POINTS) + len({system for system, _ in POINTS})
     for before, line in pairwise(lines):
         if before.startswith("|") and line.startswith("|"):
             assert before.count("|") == line.count("|")

@@ -33,7 +33,11 @@ class FakeStream:
 
     def synchronize(self) -> None:
         while self.queue:
-            self._gpu.step()
+            assert self._gpu.step(), "a stream that is waited for waits for what never comes"
+
+    def query(self) -> bool:
+        self._gpu.step()
+        return not self.queue
 
     def ready(self) -> bool:
         head = self.queue[0] if self.queue else None
@@ -77,13 +81,15 @@ class FakeGpu:
         self.current = FakeStream(self)
         self._ticks = 0
 
-    def step(self) -> None:
+    def step(self) -> bool:
+        """Runs one piece, and tells whether there was one that could."""
         ready = [stream for stream in self.streams if stream.ready()]
         if ready:
             head = ready[int(self.rng.integers(len(ready)))].queue.popleft()
             self._ticks += 1
             if not isinstance(head, Mark):
                 head()
+        return bool(ready)
 
     def reach(self, mark: Mark) -> None:
         mark.at = self._ticks
@@ -95,6 +101,9 @@ class FakeGpu:
     def synchronize(self) -> None:
         while any(stream.queue for stream in self.streams):
             self.step()
+
+    def empty_cache(self) -> None:
+        """Nothing is kept."""
 
     def event(self, enable_timing: bool = False) -> FakeEvent:
         self.events += 1
@@ -126,5 +135,7 @@ class FakeGpu:
             Event=self.event,
             stream=self.stream,
             synchronize=self.synchronize,
+            empty_cache=self.empty_cache,
         )
-        return SimpleNamespace(cuda=cuda, device=torch.device, inference_mode=torch.inference_mode)
+        threads = {"get_num_threads": torch.get_num_threads, "set_num_threads": torch.set_num_threads}
+        return SimpleNamespace(cuda=cuda, device=torch.device, inference_mode=torch.inference_mode, **threads)

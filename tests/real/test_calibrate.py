@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from real import bandwidth, bench
 from real.bench import EXPERT_TOKENS
 from real.calibrate import calibrate, describe_machine
+from real.checks import most_cpu_threads
 from real.decode import Machine, replay
 from real.fit import RESOURCES
 from sim.profile import ProfileCosts
 from sim.run import simulate
-from sim.spec.profile import Point, Profile
+from sim.spec.profile import TO_DEVICE, TO_HOST, Point, Profile
 from sim.systems import Budget, SystemSpec
 from tests.real import tiny
 from tests.real.running import DEVICES, machine_on, untouched
@@ -31,6 +34,13 @@ REPEATS = 2
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     with machine_on(request.param) as machine:
         yield machine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_copies() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bandwidth, "MOST_BYTES", 2**18)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +76,11 @@ def test_it_covers_experts_by_tokens_copies_of_one_expert_and_every_pair_of_reso
     assert len(profile.slowdowns) == 9
     assert [point.tokens for point in profile.dense] == [1, 4, 32, 48, 96]
     assert [point.size for point in profile.head] == [1, 4]
+    for one in profile.transfers:
+        assert profile.model.expert_bytes in [point.size for point in one.points]
+    assert profile.transfer_points(TO_DEVICE)
+    assert profile.transfer_points(TO_HOST)
+    assert {1, most_cpu_threads(profile.device)} <= {one.threads for one in profile.cpu_by_threads}
 
 
 def test_it_says_what_was_measured(profile: Profile, machine: Machine) -> None:
@@ -73,6 +88,8 @@ def test_it_says_what_was_measured(profile: Profile, machine: Machine) -> None:
     assert profile.device == machine.device.name
     assert profile.model == machine.loaded.spec
     assert profile.host.joins_layers == machine.device.joins_layers
+    assert profile.cpu_threads == machine.device.cpu_threads
+    assert profile.experts_pinned == (machine.device.name == "cuda")
     assert profile.machine == describe_machine()
     assert profile.machine["cores"] == str(os.cpu_count()), "not the one core that this thread is pinned to"
 
@@ -122,7 +139,29 @@ def test_an_interrupted_calibration_leaves_the_device_idle(machine: Machine) -> 
     told: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         calibrate(machine, name="here", repeats=REPEATS, progress=interrupt)
-    assert [text.split()[0] for text in told] == ["single", "whole"]
+    assert [text.split()[0] for text in told] == ["single", "copies", "whole"]
     assert untouched(machine)
     work = machine.device.gpu(lambda: None, ())
     machine.device.wait([work])
+
+
+def test_pieces_for_full_work_are_made_before_any_is_submitted(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece that is made between two others would wait for the GPU, which then never has two."""
+    order: list[str] = []
+
+    def noted(what: str, call: Any) -> Any:
+        def note(*given: Any, **named: Any) -> Any:
+            order.append(what)
+            return call(*given, **named)
+
+        return note
+
+    one = bench.Bench(machine, 1)
+    one._pieces = dict.fromkeys(RESOURCES, 3)
+    monkeypatch.setattr(bench, "kernel_for", noted("made", bench.kernel_for))
+    for name in ("gpu", "cpu", "copy"):
+        monkeypatch.setattr(machine.device, name, noted("submitted", getattr(machine.device, name)))
+    assert {*one._busy(RESOURCES)} == {*RESOURCES}
+    assert order == ["made"] * 6 + ["submitted"] * 9

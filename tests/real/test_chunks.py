@@ -147,14 +147,14 @@ def test_a_chunk_that_fails_ends_its_copy(cpu: CpuDevice) -> None:
     assert copy.chunks == ()
 
 
-@given(st.integers(1, 40), st.integers(0, 200))
-def test_chunks_cover_an_expert_in_order(elements: int, chunk_bytes: int) -> None:
+@given(st.integers(1, 40), st.integers(0, 200), st.integers(1, 3))
+def test_chunks_cover_an_expert_in_order(elements: int, chunk_bytes: int, pieces: int) -> None:
     flat = torch.empty(elements)  # of 4 bytes each
-    bounds = _bounds(flat, chunk_bytes)
+    bounds = _bounds(flat, chunk_bytes, pieces)
     assert bounds[0][0] == 0
     assert bounds[-1][1] == elements
     assert all(one[1] == other[0] for one, other in pairwise(bounds))
-    most = max(1, chunk_bytes // 4) if chunk_bytes else elements
+    most = max(1, min(elements, chunk_bytes // 4) // pieces) if chunk_bytes else elements
     assert all(stop - start == most for start, stop in bounds[:-1])
     assert 0 < bounds[-1][1] - bounds[-1][0] <= most
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from real.calibrate import describe_machine
+from real.cli import unused_lanes
 from real.jobs import TraceJob
 from real.models.load import dimensions, load, load_spec
 from sim.presets import find_preset
@@ -53,6 +54,7 @@ def test_text_goes_to_standard_output_and_figures_to_standard_error() -> None:
     assert "roofline" in found.info.costs
     assert "cpu device" in result.stderr
     assert "roofline" not in result.stderr
+    assert found.info.recorded == "experts and weights"
     assert "routing was recorded (experts and weights), which is a part of the dense layers' time" in found.info.notes
     assert f"{found.info.peak['host_resident_bytes'] / 1e6:,.1f} MB on the host" in result.stderr
     parts = [size for name, size in found.info.memory.items() if name.endswith("_bytes")]
@@ -86,6 +88,25 @@ def test_a_batch_is_shown_text_by_text_when_it_has_ended() -> None:
     assert alone.exit_code == together.exit_code == 0, together.output
     assert together.stdout == alone.stdout
     assert together.stdout.count("\n\nOnce upon a time") == 1
+    assert "lanes used" not in together.stderr
+
+
+def test_lanes_that_find_no_prompt_are_told() -> None:
+    told = decoded("--prompt", PROMPT, "--max-new-tokens", "2", "--batch", "3")
+    assert "batch: 1 of 3 lanes used, as many as there are prompts" in told["notes"]
+    assert unused_lanes(2, 2) == unused_lanes(2, 3) == []
+    Path("one.txt").write_text(f"{PROMPT}\n\nand more\n", encoding="utf-8")
+    words = ("--prompts", "one.txt", "--max-new-tokens", "2", "--max-prompt-tokens", "4", "--batch", "2")
+    result = run("trace", "record", *words, "--out", "t.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "note: batch: 1 of 2 lanes used, as many as there are prompts" in result.stderr.splitlines()
+
+
+@pytest.mark.parametrize("words", [("decode",), ("trace", "record")])
+def test_the_help_tells_what_a_file_of_prompts_holds(words: tuple[str, ...]) -> None:
+    told = " ".join(run(*words, "--help").stdout.replace("│", " ").split())
+    assert "A .txt file, which is one prompt whatever its lines, or a .jsonl file with a prompt a line" in told
+    assert '{"domain": "mine", "text":' in told
 
 
 def test_any_local_checkpoint_decodes() -> None:
@@ -159,6 +180,16 @@ def test_systems_side_by_side_are_saved_together_and_their_memory_is_told() -> N
     assert runs["fiddler"].memory == runs["cpu-experts"].memory
     assert "experts held by each: 64 slots, 9.4 MB; all-resident 256 slots, 37.7 MB" in result.stdout
     assert "memory planned for each: " in result.stdout
+
+
+def test_a_run_tells_the_trace_that_its_policies_were_given() -> None:
+    """Also where the system needs none, as here: what a run was told is a part of what it is."""
+    for number in (0, 1):
+        store.save(synthetic.generate("zipf", number, SMALL), f"t{number}.safetensors")
+    words = ("--routing", "t0.safetensors", "--evict", "lru")
+    told = decoded(*words, "--calibration", "t1.safetensors")
+    assert told["calibration_digest"] == store.load(Path("t1.safetensors")).digest
+    assert decoded(*words)["calibration_digest"] == told["recorded"] == ""
 
 
 def test_a_system_that_finds_no_room_is_left_out() -> None:

@@ -180,6 +180,58 @@ def test_a_gpu_that_is_full_is_told_and_gives_back_what_it_took(monkeypatch: pyt
         assert len(machine.slots(4)) == 4, "the machine can go on"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),  # of a context
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
+    ],
+)
+def test_a_gpu_that_is_full_outside_torchs_allocator_is_told_too(error: RuntimeError) -> None:
+    with pytest.raises(InputError, match=r"the GPU must have room for more.* got out of memory") as told:
+        with_error(error)
+    assert told.value.__cause__ is None
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["CUDA error: an illegal memory access was encountered", "out of range", ""])
+def test_other_errors_of_a_gpu_stay_what_they_are(text: str) -> None:
+    with pytest.raises(RuntimeError) as told:
+        with_error(RuntimeError(text))
+    assert str(told.value) == text
+
+
+def with_error(error: RuntimeError) -> None:
+    with memory.told_when_full():
+        raise error
+
+
+def test_a_gpu_without_room_for_a_context_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_context(*given: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", no_context)
+    monkeypatch.setattr(torch.cuda, "Stream", no_context)
+    monkeypatch.setattr(torch.cuda.Stream, "priority_range", no_context, raising=False)
+    with pytest.raises(InputError, match="the GPU must have room for more, and another process may hold"):
+        open_device("cuda")
+    monkeypatch.setattr("traces.memory.free_bytes", lambda: 10**12)
+    with pytest.raises(InputError, match="the GPU must have room for more, and another process may hold"):
+        memory.check_room(OLMOE, plan_of(OLMOE, slots=16), gpu=True)
+
+
+def test_what_an_earlier_model_left_is_given_back_when_a_gpu_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr("real.device.give_back", lambda: order.append("given back"))
+    monkeypatch.setattr("real.cuda_device.CudaDevice", lambda: order.append("opened"))
+    open_device("cuda")
+    open_device("cpu").close()
+    assert order == ["given back", "opened"]
+
+
 def test_a_run_that_meets_a_full_gpu_leaves_the_model_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     with machine_on("cpu") as machine:
         with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -40,7 +41,9 @@ def workload(batch: int) -> Workload:
         lookahead_recall=0.8,
         scores=True,
     )
-    return lock_step(markov(np.random.default_rng(3), sizes, locality=0.4), batch)
+    trace = markov(np.random.default_rng(3), sizes, locality=0.4)
+    header = trace.header.model_copy(update={"lookahead_router": "residual"})  # which serves all policies
+    return lock_step(replace(trace, header=header), batch)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

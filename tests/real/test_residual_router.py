@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -68,8 +66,6 @@ def _check_refusals(machine: Machine, calibration: TraceCalibration) -> None:
     plain = lock_step(expected(""), 1)
     with pytest.raises(InputError, match="trace must have look-ahead by the residual router"):
         replay(machine, plain, SYSTEM, Budget(slots=3), COSTS)
-    made_up = replace(plain.trace, header=plain.trace.header.model_copy(update={"synthetic": True}))
-    assert replay(machine, lock_step(made_up, 1), SYSTEM, Budget(slots=3), COSTS).info.synthetic
     deferring = SystemSpec(evict="static-uniform", place="static", options={"place": {"defer": 1}})
     with pytest.raises(InputError, match=r"^place\.defer must be 0 in a measured run, which changes no output, got 1$"):
         replay(machine, plain, deferring, Budget(slots=3), COSTS)

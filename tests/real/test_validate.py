@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,8 @@ def test_every_run_is_measured_and_stored_with_what_judging_needs(validation: Ca
     assert run.info.source == "measured"
     assert run.info.workload["cache"] == "25%"
     assert run.info.costs == ProfileCosts(Profile.load(folder / "profile.toml")).name
+    assert run.info.calibration_digest == load_trace(folder / "calibration.safetensors").digest
+    assert run.info.recorded == ""
     assert run.info.trace_digest == load_trace(folder / "trace.safetensors").digest
     assert run.info.capacity_slots == SPEC.moe_layers * SPEC.experts // 4
     assert one.progress().notes == ()
@@ -142,6 +145,39 @@ def test_a_complete_validation_loads_no_model(validation: Callable[..., Validati
     told: list[str] = []
     assert validation().run(say=told.append).complete
     assert told == []
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_runs_of_a_profile_that_is_gone_or_replaced_are_refused(
+    validation: Callable[..., Validation], profile: Profile, replaced: bool
+) -> None:
+    one = validation()
+    one.run()
+    folder = one.out / SPEC.name
+    kept = (folder / "profile.toml").read_bytes()
+    (folder / "profile.toml").unlink()
+    if replaced:
+        profile.model_copy(update={"name": "elsewhere"}).save(folder / "profile.toml")
+    with pytest.raises(InputError, match=r"profile\.toml must be the one that the runs beside it") as error:
+        validation()
+    assert ProfileCosts(profile).name in str(error.value)
+    assert f"got {'profile elsewhere' if replaced else 'none'}" in str(error.value)
+    assert f"remove {folder / 'runs'} and {folder / 'constants'} to measure them again" in str(error.value)
+    (folder / "profile.toml").write_bytes(kept)
+    assert validation().progress().complete
+
+
+def test_a_profile_that_is_gone_is_measured_again_where_no_run_is_kept(validation: Callable[..., Validation]) -> None:
+    one = validation()
+    one.run()
+    folder = one.out / SPEC.name
+    for name in ("runs", "constants"):
+        shutil.rmtree(folder / name)
+    half = folder / "runs" / "hybrimoe" / "25pct" / ".r1.1.partial"
+    half.mkdir(parents=True)
+    (half / "run.json").write_text("{")
+    (folder / "profile.toml").unlink()
+    assert validation().progress().done == 0
 
 
 def test_it_stops_before_its_time_limit(validation: Callable[..., Validation]) -> None:

@@ -52,6 +52,9 @@ def test_a_small_validation_from_end_to_end(tmp_path: Path) -> None:
     first = run(*words, "--time-limit", "0.001s")
     assert first.exit_code == 0, first.output
     assert "nothing to judge yet: 0 of" in first.stdout
+    told = json.loads(run(*words, "--time-limit", "0.001s", "--archive", str(archive), "--json").stdout)
+    assert (told["complete"], told["overall"]) == (False, None)
+    archive.unlink()
     whole = run(*words, "--archive", str(archive), "--json")
     assert whole.exit_code == 0, whole.output
     told = json.loads(whole.stdout)

@@ -46,6 +46,7 @@ class HandCosts:
     cpu_dense: float = 1.0
     chunk_bytes: int = 0
     lookahead: float = 0.0
+    deciding: float = 0.0
     slow: Mapping[tuple[str, str], float] = field(default_factory=dict)
     host: HostSpec = field(default_factory=host)
     name: str = "by hand"
@@ -77,6 +78,9 @@ class HandCosts:
 
     def hidden_bytes(self, tokens: int) -> int:
         return HIDDEN_BYTES * tokens
+
+    def deciding_s(self, experts: int) -> float:
+        return self.deciding * experts
 
     def lookahead_s(self, depth: int) -> float:
         return self.lookahead * depth
@@ -176,6 +180,7 @@ class Script:
         self.layers_on_cpu = frozenset(on_cpu)
         self.arrived: list[int] = []
         self.withdrawn: list[int] = []
+        self.kept: set[int] = set()
         self._layers, self._transfers = layers, {count: [*wanted] for count, wanted in (transfers or {}).items()}
         self._planned = 0
 
@@ -196,6 +201,9 @@ class Script:
 
     def on_arrival(self, operation: Operation) -> None:
         self.arrived.append(operation.id)
+
+    def is_stale(self, operation: Operation, layer: int, routing: Routing) -> bool:
+        return operation.layer == layer and operation.id not in self.kept
 
     def on_withdrawal(self, operation: Operation) -> None:
         self.withdrawn.append(operation.id)

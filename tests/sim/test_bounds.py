@@ -11,13 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.bounds import Bounds, bounds_of, fewest_misses, lower_bound, lower_bounds, split_s
+from sim.bounds import Bounds, bounds_of, fewest_misses, lower_bound, lower_bounds, regret_of, split_s
+from sim.memory import MemoryPlan
 from sim.policies import EVICTION, PLACEMENT, PREFETCH
+from sim.profile import ProfileCosts
 from sim.results import RunResult
 from sim.run import simulate
+from sim.scenario import Prepared
+from sim.spec import HostSpec
+from sim.spec.profile import Planning, Point, Pool, Profile, Slowdown
 from sim.systems import Budget, SystemSpec
 from tests.sim.every_preset import every_preset
 from tests.sim.hand import HandCosts, host, run, trace_of, workloads
+from tests.sim.profiles import SPEC, point, profile
 from traces.batching import BatchSpec, schedule_of
 from traces.errors import InputError
 from traces.schema import Phase
@@ -247,6 +253,78 @@ def test_no_run_is_faster_than_its_bound(workload: Workload, costs: HandCosts, s
     result = simulate(workload, system, budget, costs, hardware="by hand")
     total = budget.total(layers, system.scope)
     assert_bounded(result, bounds_of(workload, costs, total, dense_follows=system.dense_follows))
+
+
+@st.composite
+def any_profile(draw: st.DrawFn, size_bytes: int) -> Profile:
+    """Any times, also such that a small pool is slower; the policies may take time to decide."""
+
+    def points(*sizes: int) -> tuple[Point, ...]:
+        return tuple(point(size, draw(SECONDS.filter(bool))) for size in sizes)
+
+    names = ("layer_s", "readback_s", "controller_s", "operation_s")
+    own = {"source": "test", **{name: draw(st.sampled_from([0.0, 0.1, 1.5])) for name in names}}
+    pool = Pool(slots=draw(st.integers(1, 12)), copies=points(size_bytes), gpu_expert=points(1, 2))
+    return profile(
+        host=HostSpec(**own, joins_layers=draw(st.booleans()), join_s=0.1),
+        copies=points(size_bytes),
+        gpu_expert=points(1, 3),
+        cpu_expert_first=points(1, 2),
+        cpu_expert_later=points(1),
+        small_pool=draw(st.sampled_from([None, pool, pool])),
+        planning=(Planning(kind="evict", policy="lru", layer_s=draw(SECONDS)),),
+        slowdowns=(Slowdown(resource="link", others=("cpu",), factor=1.5),),
+        chunk_bytes=draw(st.sampled_from([0, size_bytes // 3])),
+    )
+
+
+def prepared_on(costs: ProfileCosts, workload: Workload, system: SystemSpec, slots: int) -> Prepared:
+    """A scenario with so many slots a layer, of which a system that keeps nothing has one in all."""
+    header = workload.trace.header
+    sizes = {"layers": header.layers, "moe_layers": header.layers, "experts": header.experts, "top_k": header.top_k}
+    model = SPEC.model_copy(update=sizes)
+    budget = Budget(slots=1 if system.holds != "cache" else slots * (header.layers if system.scope == "global" else 1))
+    memory = MemoryPlan.of(model, budget, scope=system.scope, lanes=1, context=9)
+    return Prepared(workload, model, system, budget, slots * header.layers, "by hand", costs, None, memory)
+
+
+@settings(max_examples=200)
+@given(st.data(), workloads(), st.one_of(any_system(), st.just(SystemSpec(scope="global", holds="nothing"))))
+def test_no_run_on_a_profile_beats_its_bound(data: st.DataObject, workload: Workload, system: SystemSpec) -> None:
+    """Small pools, one layer, one expert a token and a single slot among them."""
+    if system.dense_follows:
+        return
+    costs = ProfileCosts(data.draw(any_profile(workload.trace.header.expert_bytes[0])))
+    one = prepared_on(costs, workload, system, data.draw(st.integers(1, workload.trace.header.experts)))
+    assert_bounded(one.run(events=False, operations=False), lower_bound(one))
+
+
+def test_a_small_pool_has_the_costs_of_its_run() -> None:
+    """Five experts of which the slots hold some; the others are copied, in 5 s each where the run has 3 slots or fewer,
+    staging included, and else in 8 s. The last one is followed by 1 s for itself and 1 s for the head."""
+    trace = trace_of([[[expert]] for expert in range(5)], experts=8)
+    size, slow = trace.header.expert_bytes[0], (point(1, 100.0),)
+    pool = Pool(slots=3, copies=(point(size, 5.0),), gpu_expert=(point(1, 1.0),))
+    here = profile(copies=(point(size, 8.0),), small_pool=pool, cpu_expert_first=slow, cpu_expert_later=slow)
+    shapes = [(SystemSpec(), 1), (SystemSpec(), 2), (SystemSpec(scope="global", holds="nothing"), 2)]
+    compared = [prepared_on(ProfileCosts(here), one_at_a_time(trace), *shape) for shape in shapes]
+    found = lower_bounds(compared)
+    assert [one.run.seconds for one in found] == [4 * 5 + 2, 3 * 8 + 2, 3 * 5 + 2]
+    for one, its in zip(compared, found, strict=True):
+        assert_bounded(one.run(events=False, operations=False), its)
+
+
+def test_what_a_policy_takes_to_decide_is_regret() -> None:
+    workload = one_at_a_time(trace_of([[[0]]]))
+    deciding = (Planning(kind="evict", policy="lru", layer_s=0.5),)
+    compared = [
+        prepared_on(ProfileCosts(profile(planning=deciding)), workload, SystemSpec(evict=evict), 4)
+        for evict in ("lru", "lfu")
+    ]
+    one, other = lower_bounds(compared)
+    assert one is other
+    regrets = [regret_of(each.run(events=False, operations=False), one) for each in compared]
+    assert regrets[0]["regret_token_s"] == pytest.approx(regrets[1]["regret_token_s"] + 0.5)
 
 
 def test_more_slots_never_raise_the_bound() -> None:

@@ -167,18 +167,24 @@ def test_a_prefetch_is_counted_as_what_it_was_when_the_layer_began() -> None:
         assert kinds.to_numpy().tolist() == [["copy", 0, 0], ["prefetch", 1, 1]]
 
 
-def test_a_prefetch_that_has_not_begun_is_a_miss_and_leaves_its_slot() -> None:
-    """Layer 0 predicts 1 and 2 for layer 1: when 2 is chosen, the link is still bringing 1, and the CPU is free."""
+def test_a_stale_prefetch_that_has_not_begun_leaves_its_slot() -> None:
+    """Layer 0 predicts 1 and 2 for layer 1: when 3 is chosen, the link is still bringing 1."""
+    trace = trace_of([[[0], [3]]], lookahead=[[[1, 2], []]])
+    result = run(trace, 2, HandCosts(copy=8.0, host=host(joins_layers=False)), prefetch="next-router")
+    assert columns(result, "late_hits", "misses") == [(0, 1), (0, 1)]
+    copies = result.operations[result.operations["op"] == "copy"]
+    assert copies[["layer", "expert"]].to_numpy().tolist() == [[0, 0], [1, 1], [1, 3]]
+    assert copies["slot"].tolist()[1:] == [2, 3]  # both slots of layer 1 were free
+
+
+@pytest.mark.parametrize(("place", "kept"), [("fetch", True), ("fiddler", False)])
+def test_a_prefetch_that_was_chosen_is_decided_anew_where_the_cpu_may_compute_it(place: str, kept: bool) -> None:
     trace = trace_of([[[0], [2]]], lookahead=[[[1, 2], []]])
     costs = HandCosts(copy=8.0, host=host(joins_layers=False))
-    fetched = run(trace, 2, costs, prefetch="next-router")
-    assert columns(fetched, "late_hits", "misses") == [(0, 1), (0, 1)]
-    copies = fetched.operations[fetched.operations["op"] == "copy"]
-    assert copies[["layer", "expert"]].to_numpy().tolist() == [[0, 0], [1, 1], [1, 2]]
-    assert copies["slot"].tolist()[1:] == [2, 3]  # both slots of layer 1 were free
-    hybrid = run(trace, 2, costs, prefetch="next-router", place="fiddler")
-    assert columns(hybrid, "misses", "cpu_experts")[1] == (1, 1)
-    assert hybrid.events[hybrid.events["kind"] == "prefetch"]["expert"].tolist() == [1]
+    result = run(trace, 2, costs, prefetch="next-router", place=place)
+    assert columns(result, "late_hits", "misses", "cpu_experts")[1] == ((1, 0, 0) if kept else (0, 1, 1))
+    ahead = result.events[result.events["kind"] == "prefetch"]["expert"].tolist()
+    assert ahead == ([1, 2] if kept else [1])
 
 
 def test_a_prefetch_pushes_out_neither_the_layer_at_hand_nor_what_is_predicted() -> None:

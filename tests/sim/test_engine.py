@@ -203,7 +203,7 @@ def test_a_late_prefetch_is_waited_for_and_no_other_copy_is(closed: bool) -> Non
 
 
 @BOTH_WAYS
-def test_a_prefetch_that_has_not_begun_is_taken_back_when_the_next_choice_is_known(closed: bool) -> None:
+def test_a_stale_prefetch_that_has_not_begun_is_taken_back_when_the_next_choice_is_known(closed: bool) -> None:
     wanted = [prefetch(90, 1, 1), prefetch(91, 2, 1)]
     layers = [[gpu(1, 0)], [copy(2, 2, layer=1), gpu(3, 2, 2, layer=1)]]
     script = Script(layers, {1: wanted})
@@ -212,6 +212,20 @@ def test_a_prefetch_that_has_not_begun_is_taken_back_when_the_next_choice_is_kno
     assert times["link", "prefetch", 1, 1] == (1, 9)  # it had begun
     assert ("link", "prefetch", 1, 2) not in times
     assert times["link", "copy", 1, 2] == (9, 17)
+
+
+@BOTH_WAYS
+def test_a_prefetch_that_is_not_stale_goes_on_while_the_host_plans_and_before_new_demands(closed: bool) -> None:
+    layers = [[gpu(1, 0)], [copy(2, 3, layer=1), gpu(3, 2, 91, layer=1), gpu(4, 3, 2, layer=1)]]
+    script = Script(layers, {1: [prefetch(90, 1, 1), prefetch(91, 2, 1)]})
+    script.kept = {91}
+    times = play(script, HandCosts(copy=2.5, host=host(controller_s=2.0)), closed=closed)
+    assert script.withdrawn == []
+    assert times["link", "prefetch", 1, 1] == (3, 5.5)
+    assert times["host", "plan", 1, -1] == (5, 7)
+    assert times["link", "prefetch", 1, 2] == (5.5, 8)
+    assert times["link", "copy", 1, 3] == (8, 10.5)
+    assert times["gpu", "expert", 1, 2] == (8, 9)
 
 
 def test_a_read_for_a_prefetch_that_was_taken_back_goes_first_once_it_is_waited_for() -> None:

@@ -80,12 +80,12 @@ def test_a_case_that_is_remembered_is_decided_as_if_it_were_new(name: str, layer
     """The names of experts matter where loads are equal, and then only by their order."""
     kept = policy(name)
     assert isinstance(kept, Scheduled)
-    assert kept.place(layer) == kept.schedule(layer)
+    assert kept.place_timed(layer) == kept.schedule(layer)
     renamed = {expert: 2 * expert + 5 for part in (layer.hits, layer.late, layer.misses) for expert, _ in part}
     other = layer._replace(
         layer=7, **{part: [(renamed[one], n) for one, n in getattr(layer, part)] for part in ("hits", "late", "misses")}
     )
-    assert kept.place(other) == kept.schedule(other)
+    assert kept.place_timed(other) == kept.schedule(other)
 
 
 def test_the_optimum_of_many_experts_does_not_wait_for_what_the_cpu_can_compute() -> None:
@@ -109,7 +109,7 @@ def test_a_case_is_decided_once() -> None:
     class Counting(HybriMoe):
         decided = 0
 
-        def schedule(self, view: LayerView) -> Assignment:
+        def schedule(self, view: LayerView) -> tuple[Assignment, float]:
             self.decided += 1
             return super().schedule(view)
 

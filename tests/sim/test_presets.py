@@ -89,6 +89,23 @@ def test_a_system_uses_what_it_says_of_the_slots(fields: dict[str, object], slot
     assert found.budget(Budget(slots=40), layers=10, experts=8) == Budget(slots=slots)
 
 
+@pytest.mark.parametrize(
+    ("found", "role"),
+    [
+        (preset("hybrimoe"), "system"),
+        (preset("all-resident"), "no limit"),
+        (preset("oracle"), "clairvoyant"),
+        (preset("pre-gated"), "clairvoyant"),
+        (Preset(system=SystemSpec(evict="belady")), "clairvoyant"),
+        (Preset(system=SystemSpec(prefetch="oracle")), "clairvoyant"),
+        (Preset(system=SystemSpec(place="static", options={"place": {"defer": 1}})), "other outputs"),
+        (Preset(system=SystemSpec(place="static", options={"place": {"defer": 0}})), "system"),
+    ],
+)
+def test_only_systems_that_could_be_built_and_compute_the_model_compete(found: Preset, role: str) -> None:
+    assert found.role == role
+
+
 def test_a_file_takes_over_what_it_leaves_out(system_file: Callable[[str], str]) -> None:
     name = system_file('like = "hybrimoe"\nevict = "lru"\n[options.prefetch]\ndepth = 1\n')
     found = find_preset(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.profile import IGNORED, ProfileCosts
+from sim.profile import IGNORED, ProfileCosts, other_threads
 from sim.run import simulate
 from sim.spec import ModelSpec
-from sim.spec.profile import DensePoint, Point, Profile, Slowdown
+from sim.spec.profile import (
+    LATER,
+    TO_DEVICE,
+    TO_HOST,
+    CpuThreads,
+    DensePoint,
+    Direction,
+    Point,
+    Profile,
+    Slowdown,
+    Transfers,
+)
 from sim.systems import Budget, SystemSpec
 from tests.sim.hand import host, trace_of
 from traces.errors import InputError
@@ -45,6 +57,18 @@ def dense(tokens: int, base_s: float, per_context_s: float) -> DensePoint:
     return DensePoint(
         tokens=tokens, base_s=base_s, per_context_s=per_context_s, least_context=4, most_context=64, p90_s=1, repeats=7
     )
+
+
+def copies(direction: Direction, *sizes_and_seconds: tuple[int, float], **fields: Any) -> Transfers:
+    about = {"memory": "pageable", "beside_gpu": False, **fields}
+    return Transfers(direction=direction, points=points(*sizes_and_seconds), **about)
+
+
+BOTH_WAYS = (
+    copies(TO_DEVICE, (100, 0.25), (500, 0.75), (1000, 1.0), (2000, 1.5)),
+    copies(TO_HOST, (100, 0.5), (1000, 1.25), (2000, 2.0)),
+)
+"""Copies that within runs take twice as long: one expert has 1000 bytes, and takes 2 s there."""
 
 
 def profile(**fields: Any) -> Profile:
@@ -108,6 +132,45 @@ def test_beyond_the_last_point_it_grows_at_the_last_slope_and_is_flagged() -> No
     }
 
 
+def test_copies_of_other_sizes_follow_what_they_took_alone() -> None:
+    costs = ProfileCosts(profile(transfers=BOTH_WAYS, chunk_bytes=500))
+    assert costs.copy_s(1000) == 2.0, "an expert as within runs"
+    assert [costs.copy_s(size) for size in (100, 300, 500, 750, 2000)] == [0.5, 1.0, 1.5, 1.75, 3.0]
+    assert [costs.write_back_s(size) for size in (100, 1000, 2000)] == [1.0, 2.5, 4.0]
+    assert not costs.notes
+    assert costs.copy_s(10) == 0.5, "never less than the smallest"
+    assert costs.copy_s(4000) == 5.0, "at the last slope"
+    assert costs.write_back_s(3000) == 5.5
+    assert set(costs.notes) == {
+        "copy was asked for 10 to 4000, measured from 100 to 2000",
+        "write-back was asked for 3000, measured from 100 to 2000",
+    }
+
+
+def test_copies_alone_are_those_of_the_memory_that_experts_are_in() -> None:
+    other = (
+        copies(TO_DEVICE, (500, 0.5), (1000, 1.0), memory="pinned"),
+        copies(TO_DEVICE, (500, 9.0), (1000, 9.5), memory="pinned", beside_gpu=True),
+    )
+    both = (copies(TO_DEVICE, (500, 7.0), (1000, 8.0), beside_gpu=True), *other, *BOTH_WAYS)
+    assert ProfileCosts(profile(transfers=both)).copy_s(500) == 1.5
+    pinned = ProfileCosts(profile(transfers=both, experts_pinned=True))
+    assert pinned.copy_s(500) == 1.0
+    assert pinned.write_back_s(1000) == pinned.copy_s(1000), "none back was measured there"
+
+
+def test_slower_copies_of_experts_are_slower_in_every_size() -> None:
+    costs = ProfileCosts(profile(transfers=BOTH_WAYS)).slow()
+    assert (costs.copy_s(1000), costs.copy_s(500), costs.write_back_s(1000)) == (6.0, 4.5, 7.5)
+
+
+def test_another_number_of_threads_is_told() -> None:
+    assert other_threads(profile(cpu_threads=4), 4) == other_threads(profile(), 4) == []
+    assert other_threads(profile(cpu_threads=4), None) == []
+    (told,) = other_threads(profile(cpu_threads=4), 8)
+    assert told == "the profile was measured with 4 threads for a CPU expert, the run had 8"
+
+
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=6), st.lists(st.integers(1, 200), min_size=2, max_size=2))
 def test_more_tokens_never_cost_less(seconds: list[float], sizes: list[int]) -> None:
     measured = points(*((1 + 7 * place, value) for place, value in enumerate(sorted(seconds))))
@@ -151,6 +214,20 @@ def test_the_digest_follows_the_content() -> None:
     assert len({profile().digest, *(one.digest for one in others)}) == 5
 
 
+def test_a_digest_from_before_a_field_came_is_still_that_of_its_profile() -> None:
+    for path in sorted((Path(__file__).parents[2] / "analysis" / "results").glob("*/*/profile.toml")):
+        facts = json.loads((path.parents[1] / "summary.json").read_text(encoding="utf-8"))["facts"]
+        assert f"digest {Profile.load(path).digest[:12]}" in facts[f"profile of {path.parent.name}"]
+    later = {
+        "transfers": (copies(TO_DEVICE, (1000, 1.0)),),
+        "experts_pinned": True,
+        "cpu_by_threads": (CpuThreads(threads=1, points=points((1, 1.0))),),
+        "cpu_threads": 1,
+    }
+    assert later.keys() == {*LATER}
+    assert len({profile(**{name: value}).digest for name, value in later.items()} | {profile().digest}) == 5
+
+
 def test_a_profile_is_stored_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "desk.toml"
     profile().save(path)
@@ -159,6 +236,12 @@ def test_a_profile_is_stored_and_read_back(tmp_path: Path) -> None:
         profile().save(path)
     profile(token_s=1.0).save(path, force=True)
     assert Profile.load(path).token_s == 1.0
+    whole = profile(
+        transfers=BOTH_WAYS, cpu_by_threads=(CpuThreads(threads=2, points=points((1, 1.0))),), cpu_threads=2
+    )
+    whole.save(path, force=True)
+    assert Profile.load(path) == whole
+    assert Profile.load(path).digest == whole.digest
     assert [file.name for file in tmp_path.iterdir()] == ["desk.toml"]
 
 
@@ -171,6 +254,16 @@ def test_a_profile_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(InputError, match="out must be a file that can be written, got"):
         profile().save(tmp_path / "file" / "desk.toml")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def table(*sizes_and_seconds: tuple[int, float]) -> str:
+    """A field of a stored profile: copies to the device."""
+    inner = ", ".join(
+        f"{{size = {size}, value_s = {seconds}, median_s = 1.0, p90_s = 1.0, repeats = 1}}"
+        for size, seconds in sizes_and_seconds
+    )
+    about = 'direction = "to-device", memory = "pinned", beside_gpu = false'
+    return f"transfers = [{{{about}, points = [{inner}]}}]"
 
 
 def stored(tmp_path: Path, old: str, new: str) -> Path:
@@ -193,6 +286,13 @@ def stored(tmp_path: Path, old: str, new: str) -> Path:
         ("size = 4,", "size = 1,", "gpu_expert must be in ascending order of size, got 1 after 1"),
         ("tokens = 5\n", "tokens = 1\n", "dense must be in ascending order of size, got 1 after 1"),
         ("factor = 1.5", "factor = 0.5", "factor must be greater than or equal to 1"),
+        ("transfers = []", 'transfers = [{direction = "up"}]', "transfers"),
+        (
+            "transfers = []",
+            table((100, 1.0), (100, 2.0)),
+            "transfers must be in ascending order of size, got 100 after",
+        ),
+        ("transfers = []", table((100, 0.0)), "transfers must take longer than 0 s, got 0"),
         ("token_s = 40.0", "token_s = = 40.0", "profile must be TOML, got"),
     ],
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from sim.profile import ProfileCosts
+from sim.results import COLUMNS
 from sim.run import simulate
 from sim.spec import HostSpec
-from sim.spec.profile import DensePoint, Planning, Pool, Profile
+from sim.spec.profile import TO_DEVICE, TO_HOST, DensePoint, Planning, Pool, Profile, Transfers
 from sim.systems import Budget, SystemSpec
 from tests.sim import hand
 from tests.sim.profiles import SPEC, point
@@ -62,6 +64,31 @@ def test_a_chunk_takes_its_share_of_a_copy() -> None:
     whole = ProfileCosts(PROFILE.model_copy(update={"chunk_bytes": 0}))
     assert whole.copy_s(SPEC.expert_bytes // 4) == 8.0
     assert whole.notes != []
+
+
+def test_copies_by_size_change_nothing_of_runs_that_copy_whole_experts() -> None:
+    """Whatever the other sizes take: decisions and seconds are the same to the last bit."""
+    sizes = Sizes(
+        sequences=2, prompt_tokens=3, new_tokens=8, layers=2, experts=8, top_k=2, expert_bytes=SPEC.expert_bytes
+    )
+    workload = one_at_a_time(zipf(np.random.default_rng(1), sizes))
+    strange = (point(SPEC.expert_bytes // 4, 0.3), point(SPEC.expert_bytes, 0.7), point(8 * SPEC.expert_bytes, 9.9))
+    tables = tuple(
+        Transfers(direction=way, memory="pageable", beside_gpu=False, points=strange) for way in (TO_DEVICE, TO_HOST)
+    )
+    other = ProfileCosts(PROFILE.model_copy(update={"transfers": tables}))
+    for place in ("fetch", "fiddler", "hybrimoe"):
+        one, same = (
+            simulate(workload, SystemSpec(place=place), Budget(slots=3), costs, hardware="here")
+            for costs in (COSTS, other)
+        )
+        for name in COLUMNS:
+            pd.testing.assert_frame_equal(getattr(one, name), getattr(same, name), check_exact=True)
+        assert one.info.costs == COSTS.name != same.info.costs
+    assert other.copy_s(COSTS.chunk_bytes) != COSTS.copy_s(COSTS.chunk_bytes)
+    quick = other.for_run(SystemSpec(), 3)
+    assert quick.copy_s(SPEC.expert_bytes) == 6.0
+    assert quick.copy_s(COSTS.chunk_bytes) == pytest.approx(6.0 * 0.3 / 0.7)
 
 
 def test_a_simulated_run_is_charged_for_what_its_policies_take() -> None:

@@ -8,8 +8,10 @@ import pytest
 
 from sim.presets import Preset, preset
 from sim.scenario import Scenario, alongside
+from sim.spec import catalogue
 from sim.systems import SystemSpec
 from sim.target import parse_bytes
+from tests.sim.profiles import point, profile
 from traces import store, synthetic
 from traces.errors import InputError
 
@@ -117,6 +119,19 @@ def test_one_pool_gets_what_the_layers_own_slots_would_be(trace: str) -> None:
 def test_what_a_policy_needs_is_asked_for_before_the_run(trace: str) -> None:
     with pytest.raises(InputError, match="trace must have look-ahead of depth 1 for prefetch next-router, got depth 0"):
         scenario(trace, system=preset("mixtral-offloading")).prepare()
+
+
+def test_what_costs_do_not_tell_is_asked_for_before_the_run(trace: str, tmp_path: Path) -> None:
+    spec = catalogue.model("olmoe-1b-7b")
+    profile(model=spec, copies=(point(spec.expert_bytes, 1.0),)).save(tmp_path / "p.toml")
+    here = {"profile": tmp_path / "p.toml", "cache": "50%"}
+    assert scenario(trace, **here).prepare().costs.name.startswith("profile ")
+    with pytest.raises(InputError, match="dense_follows must be false with a profile"):
+        scenario(trace, system=preset("layer-split"), **here).prepare()
+    with pytest.raises(InputError, match="host_slots must be left out with a profile"):
+        scenario(trace, host_memory="1GiB", **here).prepare()
+    with pytest.raises(InputError, match="hardware must have a disk"):
+        scenario(trace, host_memory="1GiB", hardware="rtx4090+xeon6330+pcie4-x16").prepare()
 
 
 def test_made_up_lookahead_marks_the_result_as_synthetic() -> None:

@@ -70,6 +70,31 @@ def _scenario(wanted: Any, place: int) -> Any:
     return Sweep.of(wanted).scenarios[place]
 
 
+def test_rows_have_a_role_and_a_regret_and_share_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies, seeds and look-ahead change no bound; links, batches and slots do."""
+    made, bound = list[Prepared](), point.lower_bound
+    monkeypatch.setattr(point, "_KNOWN", {})
+    monkeypatch.setattr(point, "lower_bound", lambda prepared: made.append(prepared) or bound(prepared))
+    systems = ["on-demand", "mixtral-offloading", "oracle", "all-resident"]
+    table, _ = sweep(tmp_path, {"system": systems, "seed": [0, 1], **LINKS}, lookahead_recall=0.8)
+    assert dict(zip(table.system, table.role, strict=True)) == dict(
+        zip(systems, ["system", "system", "clairvoyant", "no limit"], strict=True)
+    )
+    assert len(made) == 2 * 2, "for each link, one under the limit and one without"
+    assert (table.regret >= 0).all()
+    pd.testing.assert_series_equal(table.regret_token_s / table.bound_token_s, table.regret, check_names=False)
+    one = made[0]
+    assert table.bound_token_s[0] == bound(one).decode.seconds / table.decode_tokens[0]
+    sweep(tmp_path, {"batch": [1, 2], "cache": [2, 4]}, out="more", lookahead_recall=0.8)
+    assert len(made) == 4 + 4
+
+
+def test_requests_that_arrive_over_time_have_no_regret(tmp_path: Path) -> None:
+    table, _ = sweep(tmp_path, {"seed": [1]}, arrivals="poisson", rate_per_s=9.0)
+    assert table.status[0] == "ok"
+    assert table[["bound_token_s", "regret"]].isna().all(axis=None)
+
+
 def test_busy_shares_are_of_the_events(tmp_path: Path) -> None:
     wanted = grid(tmp_path, {"seed": [1]}, system="hybrimoe-code")
     table = Seen().sweep(wanted, tmp_path / "out")

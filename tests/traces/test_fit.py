@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,10 @@ def test_a_law_names_its_source() -> None:
 def test_a_fit_is_the_same_again() -> None:
     small = slice_trace(source("mixed"), sequences="0:6", layers="0:4")
     told: list[str] = []
-    assert fit(small, rng(3), say=told.append) == fit(small, rng(3))
+    corrected = replace(small, header=small.header.model_copy(update={"lookahead_router": "residual"}))
+    laws = [fit(one, rng(3), say=told.append) for one in (small, small, corrected)]
+    assert laws[0] == laws[1]
+    assert [law.lookahead_router for law in laws] == ["plain", "plain", "residual"]
     assert told[0] == "popularity and memory"
 
 

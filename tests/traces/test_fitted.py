@@ -31,7 +31,8 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 def test_rows_and_header_are_those_of_a_generator() -> None:
     shape = Shape(sequences=2, prompt_tokens=2, new_tokens=1, layers=2, experts=6, top_k=2, expert_bytes=(5, 7))
-    trace = generate(replace(PLAIN, domains=("a", "b")), 7, shape, dtype="bf16")
+    law = replace(PLAIN, domains=("a", "b"), lookahead_router="residual")
+    trace = generate(law, 7, shape, dtype="bf16")
     assert trace.sequence.tolist() == [0, 0, 0, 1, 1, 1]
     assert trace.position.tolist() == [0, 1, 2] * 2
     assert trace.step.tolist() == [0, 0, 1, 2, 2, 3]
@@ -39,6 +40,7 @@ def test_rows_and_header_are_those_of_a_generator() -> None:
     header = trace.header
     assert (header.model, header.synthetic, header.dtype) == ("fitted", True, "bf16")
     assert (header.expert_bytes, header.domains) == ((5, 7), ("a", "b"))
+    assert header.lookahead_router == "residual"
     assert header.made_by.startswith(
         "fitted(seed=7, sequences=2, prompt_tokens=2, new_tokens=1) like hand: source_digest=0, bias=(0.0,), domain=0.0"
     )

@@ -43,18 +43,19 @@ class Mrs(EvictionPolicy):
         if self.options["p"] < 0:
             raise ValueError(f"p must be at least 1 (or 0 for 2 * top_k), got {self.options['p']}")
         self.kept = min(self.options["p"] or 2 * context.top_k, context.experts)
-        self._scores = np.zeros((context.layers, context.experts))
+        self._scores = np.zeros(context.blocks)
+        self._by_layer = [*self._scores.reshape(context.layers, context.experts)]  # views of it
 
     def observe_scores(self, layer: int, scores: Any) -> None:
         row = scores[0] if len(scores) == 1 else BATCHES[self.options["batch"]](scores)
-        top = np.argsort(-row, kind="stable")[: self.kept]
-        alpha = self.options["alpha"]
-        self._scores[layer] *= 1.0 - alpha
-        self._scores[layer, top] += alpha * row[top]
+        top = (-row).argsort(kind="stable")[: self.kept]
+        alpha, mine = self.options["alpha"], self._by_layer[layer]
+        mine *= 1.0 - alpha
+        mine[top] += alpha * row[top]
 
     def key(self, block: int) -> float:
-        return float(self._scores.flat[block])
+        return float(self._scores[block])
 
     def keys(self, blocks: Iterable[int]) -> Sequence[float]:
-        scores: list[float] = self._scores.ravel()[[*blocks]].tolist()
+        scores: list[float] = self._scores[[*blocks]].tolist()
         return scores

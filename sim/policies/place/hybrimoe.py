@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from math import inf
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 from sim.policies.base import Assignment, LayerView
 from sim.policies.place.split import Scheduled, makespan_s, split
@@ -20,12 +20,6 @@ class Move(NamedTuple):
     timeline: str
     expert: int
     end_s: float
-
-
-Offer: TypeAlias = tuple[float, int, int]
-"""When a timeline's next operation would end, its expert, and that one's tokens."""
-
-NEVER: Offer = (inf, -1, 0)
 
 
 class HybriMoe(Scheduled):
@@ -53,38 +47,49 @@ class HybriMoe(Scheduled):
         if self.options["gpu_order"] not in ("head", "ready-first"):
             raise ValueError(f"gpu_order must be head or ready-first, got {self.options['gpu_order']!r}")
 
-    def schedule(self, view: LayerView) -> Assignment:
-        own = assignment_of(self.moves(view))
-        alone = [(makespan_s(view, one), one) for one in self._alone(view)]
-        quickest_s, quickest = min(alone, key=lambda timed: timed[0])
-        return quickest._replace(fallback=True) if quickest_s < makespan_s(view, own) else own
+    def schedule(self, view: LayerView) -> tuple[Assignment, float]:
+        walk = self._walk(view)
+        own = assignment_of(walk.run())
+        own_s = makespan_s(view, own) if self.options["cpu_takes_transfers"] else walk.end_s
+        gpu_s, cpu_s = walk.gpu_alone_s(view), walk.cpu_alone_s(view)
+        if own_s <= min(gpu_s, cpu_s):
+            return own, own_s
+        on_cpu = [] if gpu_s <= cpu_s else [expert for _, expert in _lowest_first(view)]
+        return split(view, on_cpu)._replace(fallback=True), min(gpu_s, cpu_s)
 
     def moves(self, view: LayerView) -> list[Move]:
         """The walk itself, in its order, without the fallback to one device."""
-        return _Walk(view, self.options["gpu_order"] == "head", self.options["cpu_takes_transfers"]).run()
+        return [Move(*move) for move in self._walk(view).run()]
 
-    def _alone(self, view: LayerView) -> list[Assignment]:
-        """All on the GPU; all on the CPU, unless something is in transfer that it may not take."""
-        loads = sorted([*view.hits, *view.late, *view.misses], key=lambda load: (load[1], load[0]))
-        on_cpu = [split(view, [expert for expert, _ in loads])]
-        return [split(view, ()), *(on_cpu if self.options["cpu_takes_transfers"] or not view.late else ())]
+    def _walk(self, view: LayerView) -> _Walk:
+        return _Walk(view, self.options["gpu_order"] == "head", self.options["cpu_takes_transfers"])
 
 
-def assignment_of(moves: list[Move]) -> Assignment:
-    """The assignment that a walk amounts to; a copy of what the CPU took after all is left out."""
-    cpu, gpu, copies = ([move.expert for move in moves if move.timeline == name] for name in (CPU, GPU, LINK))
-    return Assignment(cpu, gpu, [expert for expert in copies if expert in gpu])
+def assignment_of(moves: Iterable[tuple[str, int, float]]) -> Assignment:
+    """Who computes what; of the copies, those that the GPU came to use."""
+    took: dict[str, list[int]] = {CPU: [], GPU: [], LINK: []}
+    for timeline, expert, _ in moves:
+        took[timeline].append(expert)
+    on_gpu = {*took[GPU]}
+    return Assignment(took[CPU], took[GPU], [expert for expert in took[LINK] if expert in on_gpu])
+
+
+def _lowest_first(view: LayerView) -> list[tuple[int, int]]:
+    """(tokens, expert) of the whole layer, fewest tokens first, then the lowest id."""
+    return sorted([(tokens, expert) for part in (view.hits, view.late, view.misses) for expert, tokens in part])
 
 
 class _Walk:
     """The clocks and queues of one layer while it is being scheduled.
 
-    Each queue is kept in order by bisection, so that a prompt's layer costs little more than its experts' number.
+    As long as the CPU has a queue of its own, the GPU changes nothing for CPU and link: it is brought forward to each
+    of their operations. Every queue is kept in order, so that a prompt's layer costs little more than its experts'
+    number.
     """
 
     def __init__(self, view: LayerView, in_order: bool, takes_transfers: bool) -> None:
         self._copy_s, self._in_order, self._takes_transfers = view.copy_s, in_order, takes_transfers
-        self._clock = {GPU: view.gpu_free_s, CPU: view.cpu_free_s, LINK: view.link_free_s}
+        self._gpu_now_s, self._cpu_now_s, self._link_now_s = view.gpu_free_s, view.cpu_free_s, view.link_free_s
         self._there_s = {expert: s for (expert, _), s in zip(view.late, view.arrivals_s, strict=True)}
         here = [*view.hits, *view.late]
         self._on_gpu = sorted([(-tokens, expert) for expert, tokens in here])  # the GPU's queue, from its head on
@@ -95,79 +100,120 @@ class _Walk:
         self._gpu_s = {tokens: view.gpu_expert_s(tokens) for tokens in loads}
         self._cpu_s = {tokens: view.cpu_expert_s(tokens, False) for tokens in loads}
         self._first_s = {tokens: view.cpu_expert_s(tokens, True) for tokens in loads}
-        self._sums_s = [0.0, *accumulate(self._cpu_s[tokens] for tokens, _ in self._on_cpu)]
+        self._sums_s = [0.0, *accumulate([self._cpu_s[tokens] for tokens, _ in self._on_cpu])]
         self._begun = 0  # experts that the CPU has taken from its own queue, lowest loads first
         self._cpu_idle, self._refused = True, False
+        self._moves: list[tuple[str, int, float]] = []  # fields of Move
+        self._computed = set[int]()  # by the GPU: no longer spare
+        self._look()
 
-    def run(self) -> list[Move]:
+    @property
+    def end_s(self) -> float:
+        """When GPU and CPU have ended what they took so far."""
+        return max(self._gpu_now_s, self._cpu_now_s)
+
+    def run(self) -> list[tuple[str, int, float]]:
         """Takes operation after operation, until nothing is left."""
-        moves = []
-        while self._on_gpu or self._on_cpu:
-            timeline, offer = GPU, self._gpu()
-            for other, made in ((CPU, self._cpu()), (LINK, self._link())):
-                if made[0] < offer[0]:
-                    timeline, offer = other, made
-            if timeline == LINK and not self._pays(offer):
-                self._refused = True
-                continue
-            self._take(timeline, offer)
-            moves.append(Move(timeline, offer[1], offer[0]))
-        return moves
+        on_cpu = self._on_cpu
+        while on_cpu:
+            tokens, expert = on_cpu[0]
+            cpu_end_s = self._cpu_now_s + (self._first_s if self._cpu_idle else self._cpu_s)[tokens]
+            link_end_s = inf if self._refused else self._link_now_s + self._copy_s
+            while self._gpu_end_s <= cpu_end_s and self._gpu_end_s <= link_end_s:
+                self._compute()
+            if cpu_end_s <= link_end_s:
+                del on_cpu[0]
+                self._begun += 1
+                self._take(expert, cpu_end_s)
+            else:
+                self._fetch(link_end_s)
+        while self._on_gpu:
+            self._help()
+        return self._moves
 
-    def _gpu(self) -> Offer:
-        if not self._on_gpu:
-            return NEVER
-        load, expert = self._on_gpu[0] if self._in_order else self._ready_first()
-        start_s = max(self._clock[GPU], self._there_s.get(expert, 0.0))
-        return start_s + self._gpu_s[-load], expert, -load
+    def gpu_alone_s(self, view: LayerView) -> float:
+        """When the GPU would end all of ``view``, each part as it is there."""
+        now_s, copied_s, seconds = view.gpu_free_s, view.link_free_s, self._gpu_s
+        for _, tokens in view.hits:
+            now_s += seconds[tokens]
+        for arrival_s, _, (_, tokens) in sorted(zip(view.arrivals_s, range(len(view.late)), view.late, strict=True)):
+            now_s = max(now_s, arrival_s) + seconds[tokens]
+        for _, tokens in view.misses:
+            copied_s += view.copy_s
+            now_s = max(now_s, copied_s) + seconds[tokens]
+        return max(now_s, view.cpu_free_s)
 
-    def _ready_first(self) -> tuple[int, int]:
-        now_s, there_s = self._clock[GPU], self._there_s
-        return min(self._on_gpu, key=lambda item: max(now_s, there_s.get(item[1], now_s)))
+    def cpu_alone_s(self, view: LayerView) -> float:
+        """When the CPU would end all of ``view``; never, where something is in transfer that it may not take."""
+        if view.late and not self._takes_transfers:
+            return inf
+        now_s, seconds = view.cpu_free_s, self._first_s
+        for tokens, _ in _lowest_first(view):
+            now_s, seconds = now_s + seconds[tokens], self._cpu_s
+        return max(now_s, view.gpu_free_s)
 
-    def _cpu(self) -> Offer:
-        queue = self._on_cpu or self._spare
-        if not queue:
-            return NEVER
-        tokens, expert = queue[0]
-        seconds = self._first_s if self._cpu_idle else self._cpu_s
-        return self._clock[CPU] + seconds[tokens], expert, tokens
+    def _look(self) -> None:
+        """Notes what the GPU would take next, and when it would end that."""
+        queue, self._next, self._gpu_end_s = self._on_gpu, 0, inf
+        if queue:
+            if not self._in_order:
+                self._next = self._ready_first()
+            load, expert = queue[self._next]
+            there_s = self._there_s.get(expert, 0.0)
+            start_s = there_s if there_s > self._gpu_now_s else self._gpu_now_s
+            self._gpu_end_s = start_s + self._gpu_s[-load]
 
-    def _link(self) -> Offer:
+    def _ready_first(self) -> int:
+        now_s, there_s, queue = self._gpu_now_s, self._there_s, self._on_gpu
+        return min(range(len(queue)), key=lambda place: max(now_s, there_s.get(queue[place][1], now_s)))
+
+    def _compute(self) -> None:
+        """The GPU takes what is next."""
+        expert = self._on_gpu.pop(self._next)[1]
+        self._gpu_now_s = self._gpu_end_s
+        self._computed.add(expert)
+        self._moves.append((GPU, expert, self._gpu_end_s))
+        self._look()
+
+    def _take(self, expert: int, end_s: float) -> None:
+        """The CPU takes ``expert``."""
+        self._cpu_now_s, self._cpu_idle = end_s, False
+        self._moves.append((CPU, expert, end_s))
+
+    def _fetch(self, end_s: float) -> None:
+        """The link brings the highest load of the CPU's queue, if that pays."""
         queue = self._on_cpu
-        if self._refused or not queue:
-            return NEVER
         most = queue[-1][0]
-        return self._clock[LINK] + self._copy_s, queue[bisect_left(queue, (most, -1))][1], most
+        if not self._pays(most, end_s):
+            self._refused = True
+            return
+        expert = queue.pop(bisect_left(queue, (most, -1)))[1]
+        self._link_now_s = self._there_s[expert] = end_s
+        self._moves.append((LINK, expert, end_s))
+        insort(self._on_gpu, (-most, expert))
+        if self._takes_transfers:
+            insort(self._spare, (most, expert))
+        self._look()
 
-    def _pays(self, transfer: Offer) -> bool:
+    def _pays(self, tokens: int, there_s: float) -> bool:
         """Whether the GPU could end with the expert before the CPU would end its whole queue."""
         lowest = self._on_cpu[0][0]
         extra_s = self._first_s[lowest] - self._cpu_s[lowest] if self._cpu_idle else 0.0
         left_s = self._sums_s[self._begun + len(self._on_cpu)] - self._sums_s[self._begun]
-        gpu_s = max(self._clock[GPU], transfer[0]) + self._gpu_s[transfer[2]]
-        return gpu_s < self._clock[CPU] + extra_s + left_s
+        return max(self._gpu_now_s, there_s) + self._gpu_s[tokens] < self._cpu_now_s + extra_s + left_s
 
-    def _take(self, timeline: str, offer: Offer) -> None:
-        end_s, expert, tokens = offer
-        self._clock[timeline] = end_s
-        if timeline == LINK:
-            _remove(self._on_cpu, (tokens, expert))
-            self._there_s[expert] = end_s
-            insort(self._on_gpu, (-tokens, expert))
-            if self._takes_transfers:
-                insort(self._spare, (tokens, expert))
-            return
-        self._cpu_idle = self._cpu_idle and timeline == GPU
-        if timeline == CPU and self._on_cpu:
-            del self._on_cpu[0]
-            self._begun += 1
-            return
-        _remove(self._on_gpu, (-tokens, expert))
-        if self._takes_transfers or expert not in self._there_s:
-            _remove(self._spare, (tokens, expert))
-
-
-def _remove(queue: list[tuple[int, int]], item: tuple[int, int]) -> None:
-    """Takes ``item`` out of a sorted queue that has it."""
-    del queue[bisect_left(queue, item)]
+    def _help(self) -> None:
+        """With its own queue done, the CPU takes the lowest load of the GPU's, if it would end before the GPU."""
+        spare = self._spare
+        while spare and spare[0][1] in self._computed:
+            del spare[0]
+        if spare:
+            tokens, expert = spare[0]
+            end_s = self._cpu_now_s + (self._first_s if self._cpu_idle else self._cpu_s)[tokens]
+            if end_s < self._gpu_end_s:
+                del spare[0]
+                del self._on_gpu[bisect_left(self._on_gpu, (-tokens, expert))]
+                self._take(expert, end_s)
+                self._look()
+                return
+        self._compute()

@@ -25,10 +25,11 @@ class Optimal(Scheduled):
 
     name: ClassVar[str] = "optimal"
 
-    def schedule(self, view: LayerView) -> Assignment:
+    def schedule(self, view: LayerView) -> tuple[Assignment, float]:
         few = len(view.hits) + len(view.late) + len(view.misses) <= MOST_EXPERTS
         candidates = [split(view, cpu) for cpu in (_all_sets(view) if few else _low_loads(view))]
-        return min(candidates, key=lambda one: (makespan_s(view, one), len(one.copies), len(one.cpu)))
+        timed = [(one, makespan_s(view, one)) for one in candidates]
+        return min(timed, key=lambda one: (one[1], len(one[0].copies), len(one[0].cpu)))
 
 
 def _all_sets(view: LayerView) -> Iterator[list[int]]:

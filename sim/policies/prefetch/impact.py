@@ -57,20 +57,27 @@ class Impact(PrefetchPolicy):
         is_there, experts = view.is_there, self.context.experts
         first = view.layer * experts
         case: list[tuple[Loads, Loads]] = []
-        absent: list[list[tuple[int, int]]] = []
+        absent: list[list[int]] = []
         for named in view.expected:
             first += experts
             here: list[int] = []
-            missing: list[tuple[int, int]] = []
+            missing: list[int] = []
+            blocks: list[int] = []
             for expert, tokens in named:
-                if is_there(first + expert):
+                block = first + expert
+                if is_there(block):
                     here.append(tokens)
                 else:
-                    missing.append((tokens, first + expert))
-            absent.append(missing)
-            case.append((tuple(here), tuple([tokens for tokens, _ in missing])))
+                    missing.append(tokens)
+                    blocks.append(block)
+            absent.append(blocks)
+            case.append((tuple(here), tuple(missing)))
         picks = self._chosen(view.makespan_s, view.copy_s, view.link_free_s, view.router_s, tuple(case))
-        return [_taken(absent[place], tokens) for place, tokens in picks]
+        wanted: list[int] = []
+        for place, tokens in picks:
+            alike = zip(absent[place], case[place][1], strict=True)
+            wanted.append(min(block for block, load in alike if load == tokens and block not in wanted))
+        return wanted
 
     def _choose(
         self,
@@ -93,8 +100,9 @@ class Impact(PrefetchPolicy):
             if pick is None:
                 break
             picks.append((pick, gains[pick][1]))
-            layers[pick] = _moved(*layers[pick], gains[pick][1])
-            gains[pick] = self._best(makespan_s, *layers[pick])
+            if number < self.options["most"]:
+                layers[pick] = _moved(*layers[pick], gains[pick][1])
+                gains[pick] = self._best(makespan_s, *layers[pick])
         return picks
 
     def _best(self, makespan_s: Makespan, here: Loads, missing: Loads) -> tuple[float, int]:
@@ -112,10 +120,3 @@ def _moved(here: Loads, missing: Loads, tokens: int) -> tuple[Loads, Loads]:
     """The loads of a layer once one of ``tokens``, which is missing, has come."""
     place = missing.index(tokens)
     return tuple(sorted((*here, tokens), reverse=True)), missing[:place] + missing[place + 1 :]
-
-
-def _taken(absent: list[tuple[int, int]], tokens: int) -> int:
-    """Takes the lowest block with these tokens out of ``absent``, a list of (tokens, block)."""
-    found = min(one for one in absent if one[0] == tokens)
-    absent.remove(found)
-    return found[1]
