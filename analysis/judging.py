@@ -76,8 +76,9 @@ def outcome_of(
     Runs that cannot be judged are left out, and told on stderr and in the outcome. Raises :class:`InputError` when
     no others are left.
     """
-    work = [(groups_of(folder), Twin.of(profile, trace, calibration)) for folder, profile in parts]
-    points, left_out = sum(len(groups) for groups, _ in work), dict[str, str]()
+    left_out: dict[str, str] = {}
+    work = [(groups_of(folder, left_out), Twin.of(profile, trace, calibration)) for folder, profile in parts]
+    points = sum(len(groups) for groups, _ in work) + len(left_out)
     with _bar(points) as advance:
         judged = [one for groups, twin in work for one in comparisons(groups, twin, left_out, advance)]
     if not judged:
@@ -171,7 +172,8 @@ def _facts(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in ("environment.json", "settings.json"):
         content = json.loads((folder / name).read_text(encoding="utf-8"))
-        found |= {key: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for key, v in content.items()}
+        told = {key: value for key, value in content.items() if value is not None}
+        found |= {key: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for key, v in told.items()}
     return found
 
 

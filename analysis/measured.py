@@ -98,11 +98,13 @@ class Group:
         return str(self.info.workload.get("cache", f"{self.info.capacity_slots} slots"))
 
 
-def groups_of(folder: Path) -> list[Group]:
+def groups_of(folder: Path, left_out: dict[str, str] | None = None) -> list[Group]:
     """Every measured run in ``folder`` and below it, repeats of the same work together, in the order of their names.
 
-    Runs on synthetic routing for a validation's constants are left out. Raises :class:`InputError` where there is none.
+    Runs on synthetic routing for a validation's constants are passed over, and those that cannot be read go into
+    ``left_out``: their folder, and why. Raises :class:`InputError` where no others are.
     """
+    unreadable: dict[str, str] = {} if left_out is None else left_out
     if not folder.is_dir():
         raise InputError(f"measured must be a folder of runs, got {folder}")
     found: dict[str, list[tuple[Path, RunInfo]]] = {}
@@ -110,12 +112,24 @@ def groups_of(folder: Path) -> list[Group]:
         parts = file.relative_to(folder).parts
         if CONSTANTS in parts or any(part.startswith(".") for part in parts):  # hidden: half-written
             continue
-        info = RunResult.load_info(file.parent)
+        try:
+            info = _info_of(file.parent)
+        except InputError as error:
+            unreadable[str(file.parent)] = str(error)
+            continue
         if info.source == "measured":
             found.setdefault(_work(info), []).append((file.parent, info))
     if not found:
-        raise InputError(f"measured must hold measured runs, got none in {folder}")
+        why = "".join(f"; {reason}" for reason in unreadable.values())
+        raise InputError(f"measured must hold measured runs, got none in {folder}{why}")
     return [Group(tuple(path for path, _ in members), members[0][1]) for members in found.values()]
+
+
+def _info_of(folder: Path) -> RunInfo:
+    info = RunResult.load_info(folder)
+    if not isinstance(info.workload.get("batch"), int):
+        raise InputError(f"{folder} must be a run that tells its batch, got {info.workload.get('batch')}")
+    return info
 
 
 def workloads_of(groups: Sequence[Group]) -> list[str]:
@@ -201,13 +215,14 @@ class Twin:
 
     def _trace(self, info: RunInfo, folder: Path) -> Trace:
         tried = [self.trace] if self.trace is not None else [*_above(folder, TRACE_FILE), *SHIPPED_TRACES.values()]
-        for path in tried:
-            for one in _as_run(load_trace(path), self.profile):
+        unreadable: list[str] = []
+        for trace in _loaded(tried, unreadable):
+            for one in _as_run(trace, self.profile):
                 if one.digest == info.trace_digest:
                     return one
         raise InputError(
             f"trace must be the one that was replayed ({info.trace_digest[:12]}) on the profile's model, got "
-            f"{', '.join(map(str, tried))}"
+            f"{'; '.join([', '.join(map(str, tried)), *unreadable])}"
         )
 
     def _learned(self, info: RunInfo, folder: Path, judged: Workload) -> TraceCalibration:
@@ -217,8 +232,8 @@ class Twin:
         wanted = info.calibration_digest
         shipped = SHIPPED_TRACES.values() if wanted else ()
         tried = [self.calibration] if self.calibration is not None else [*_above(folder, CALIBRATION_FILE), *shipped]
-        for path in tried:
-            trace = load_trace(path)
+        unreadable: list[str] = []
+        for trace in _loaded(tried, unreadable):
             found = _as_run(trace, self.profile) or [trace]
             if not wanted or wanted in [one.digest for one in found]:
                 return TraceCalibration.of(found[-1], judged.trace, judged.batch)
@@ -226,7 +241,7 @@ class Twin:
         if wanted:
             raise InputError(
                 f"calibration must be the trace that {label} learned from ({wanted[:12]}), got "
-                f"{', '.join(map(str, tried))}"
+                f"{'; '.join([', '.join(map(str, tried)), *unreadable])}"
             )
         raise InputError(
             f"calibration must be given for {label}, which was fitted to a trace that the run does not tell, got no "
@@ -238,6 +253,15 @@ def _above(folder: Path, name: str) -> Iterator[Path]:
     """What has that name in ``folder``, and in the folders that it is in, nearest first."""
     resolved = folder.resolve()
     return (place / name for place in (resolved, *resolved.parents[:LEVELS]) if (place / name).exists())
+
+
+def _loaded(paths: Sequence[Path], unreadable: list[str]) -> Iterator[Trace]:
+    """The traces of ``paths``; what is wrong with those that are none goes to ``unreadable``."""
+    for path in paths:
+        try:
+            yield load_trace(path)
+        except InputError as error:
+            unreadable.append(str(error))
 
 
 def _as_run(trace: Trace, profile: Profile) -> list[Trace]:

@@ -37,6 +37,7 @@ FAILED = 1
 """Exit code of a sweep with a point that failed for no reason that its settings give."""
 
 MOST_REASONS = 5
+NOBODY, FEW = "no point competes", "fewer than two lines compete"
 NUMBER = re.compile(r"(?<![\w.+-])\d[\d,]*(?:\.\d+)?(?![\w-])")
 """A number in a note, and not in a name."""
 
@@ -151,7 +152,8 @@ def _crossovers(picture: Shown, draw: bool) -> Picture:
     found, stretches = _crossed(picture)
     words = [*_told_leads(stretches, picture), *(_told_crossing(one, picture) for one in found)]
     if not found:
-        words.append(f"no two of {', '.join(picture.curves())} cross")
+        curves = picture.curves()
+        words.append(f"no two of {', '.join(curves)} cross" if len(curves) > 1 else FEW)
     figure, doubts = None, _doubts(picture, stretches)
     if draw:
         from analysis.plots_sweep import crossovers
@@ -201,10 +203,11 @@ def _pareto(picture: Shown, draw: bool) -> Picture:
     competing = frame.role == SYSTEM
     values = frame[picture.value].where(competing)
     best = pareto(frame[cost].tolist(), values.tolist(), lower=lower_is_better(picture.value))
-    words = [f"{len(best)} of {competing.sum()} points are beaten by no other, from the least {_label(cost)} on:"]
+    told = f"{len(best)} of {competing.sum()} points are beaten by no other, from the least {_label(cost)} on:"
+    words = [told if best else NOBODY]
     records = []
-    alike = [False, *(_alike(picture, *pair) for pair in pairwise(best))]
-    for place, same in zip(best, alike, strict=True):
+    alike = [_alike(picture, *pair) for pair in pairwise(best)]
+    for place, same in zip(best, [False, *alike], strict=False):
         row, told = frame.iloc[place], ", not distinguishable from the one before" if same else ""
         words.append(f"  {point_name(picture, place)}: {_shown(cost, row)}, {_shown(picture.value, row)}{told}")
         records.append({**{axis.name: _plain(row[axis.name]) for axis in picture.table.axes.values()}})
@@ -303,7 +306,7 @@ def _axes(picture: Shown) -> list[Axis]:
 def _told_best(picture: Shown) -> list[str]:
     best = _best(picture)
     if not best:
-        return [f"{_ranked(picture.value)}: no point competes"]
+        return [f"{_ranked(picture.value)}: {NOBODY}"]
     at = _at({name: value for name, value in best.items() if name != picture.value})
     return [f"{_ranked(picture.value)}: {_shown(picture.value, best)} at {at}"]
 

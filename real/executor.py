@@ -170,11 +170,10 @@ class Executor:
 
     def _named(self, ids: Tensor) -> Predictions:
         """How often each expert is named in ids [T, D, k] for real tokens, by distance."""
-        rows = ids if self._real is None else ids[self._real]
-        by_distance = rows.transpose(0, 1).flatten(1)
         self._await_compute()
         began_s = perf_counter()
-        named = by_distance.tolist()
+        rows = ids if self._real is None else ids[self._real]  # on a GPU the host waits for how many these are
+        named = rows.transpose(0, 1).flatten(1).tolist()
         self._own.leave_out(perf_counter() - began_s)
         return [most_named(experts) for experts in named]
 

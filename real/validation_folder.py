@@ -35,7 +35,10 @@ def check_weighed(folder: Path) -> None:
     for run in chain.from_iterable((folder / name).rglob("run.json") for name in (RUNS, CONSTANTS)):
         if any(part.startswith(".") for part in run.relative_to(folder).parts):  # half-written
             continue
-        weighed = RunResult.load_info(run.parent).costs
+        info = RunResult.load_info(run.parent)
+        if info.cpu_threads is None:
+            raise InputError(f"{run.parent} must tell what newer runs do, got one of an older version: measure anew")
+        weighed = info.costs
         if weighed != known:
             raise InputError(
                 f"{path} must be the one that the runs beside it were measured with ({weighed}), got {known}: put it "
@@ -61,6 +64,8 @@ def _compare(path: Path, wanted: dict[str, Any], rule: str) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"out must be a folder of a validation, got {path} ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"out must be a folder of a validation, got {path} (no object)")
     for field, value in wanted.items():
         if field not in ("digest", "date") and found.get(field) != value:
             told = f"{field} {_short(found.get(field))} in place of {_short(value)}"

@@ -58,6 +58,8 @@ from traces.workload import Routing, Step, Workload
 if TYPE_CHECKING:
     from sim.scenario import Prepared
 
+ROUNDING = 1e-9
+"""A run that is off its bound by this share of it is at it."""
 WEIGHTS = np.linspace(0.0, 1.0, 17)
 """Weights of the GPU's time in the means that bound a layer's."""
 
@@ -162,13 +164,20 @@ def regret_of(run: RunResult, bounds: Bounds | None) -> dict[str, float | None]:
     decode_s, prefill_s = (float(took_s.get(int(phase), 0.0)) for phase in (Phase.DECODE, Phase.PREFILL))
     tokens = int(rows.tokens[rows.phase == Phase.DECODE].sum())
     bound_s = bounds.decode.seconds
+    beyond_s, prefill_beyond_s = _beyond(decode_s, bound_s), _beyond(prefill_s, bounds.prefill.seconds)
     found = (
         _ratio(bound_s, tokens),
-        _ratio(decode_s - bound_s, tokens),
-        _ratio(decode_s - bound_s, bound_s),
-        _ratio(prefill_s - bounds.prefill.seconds, bounds.prefill.seconds),
+        _ratio(beyond_s, tokens),
+        _ratio(beyond_s, bound_s),
+        _ratio(prefill_beyond_s, bounds.prefill.seconds),
     )
     return dict(zip(names, found, strict=True))
+
+
+def _beyond(took_s: float, bound_s: float) -> float:
+    """What sums of many passes differ in by rounding is nothing."""
+    beyond_s = took_s - bound_s
+    return 0.0 if abs(beyond_s) < ROUNDING * bound_s else beyond_s
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -25,8 +25,8 @@ def check_needs(trace: Trace, system: SystemSpec, calibration: Calibration | Non
         )
     if "residuals" in system.needs and not has_residuals(trace):
         raise InputError(
-            f"trace must have look-ahead by the residual router for prefetch {system.needing('residuals')}, got the "
-            "plain one's (record it with --lookahead-router residual)"
+            f"trace must have look-ahead by the residual router for prefetch {system.needing('residuals')}, got "
+            "another one's (record it with --lookahead-router residual, or prefetch with next-router)"
         )
 
 

@@ -191,8 +191,11 @@ class Queues:
                 resource.advance()
 
     def _promote(self, operations: Iterable[Operation]) -> None:
-        """What these operations wait for need not stand back any longer."""
+        """What these operations wait for need not stand back any longer, nor what that waits for itself."""
         waited = {number for operation in operations for number in operation.after}
+        for job in self.link.second:
+            if job.operations[0].id in waited:
+                waited |= {*job.after}
         self.link.promote(waited)
         self.disk.promote(waited)
 

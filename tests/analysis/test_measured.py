@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +294,20 @@ def test_another_trace_and_a_missing_calibration_are_told(folder: Folder, tmp_pa
     first = folder.runs / "runs" / "ktransformers" / "25pct" / "r1"
     assert f"got none of 4; {first} and 1 more: trace must be" in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_cannot_be_read_is_left_out(tmp_path: Path, folder: Folder) -> None:
+    good = folder.runs / "runs" / "ktransformers" / "25pct" / "r1"
+    some = tmp_path / "some"
+    shutil.copytree(good, some / "good")
+    for name, content in (("broken", "5"), ("foreign", (good / "run.json").read_text().replace('"batch"', '"lanes"'))):
+        (some / name).mkdir()
+        (some / name / "run.json").write_text(content)
+    left_out: dict[str, str] = {}
+    (group,) = groups_of(some, left_out)
+    assert group.folders == (some / "good",)
+    assert [Path(where).name for where in left_out] == ["broken", "foreign"]
+    assert left_out[str(some / "foreign")].endswith("must be a run that tells its batch, got None")
 
 
 def test_a_folder_without_measured_runs_is_told(tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def test_bounds_win_no_lead_no_crossing_no_place_and_no_front(tmp_path: Path, ca
         "highest decode rate: no point competes",
         "outside the comparison: oracle (a bound: clairvoyant)",
     ]
+    assert told(capsys, folder, kind="pareto", where=("system=oracle",))[0] == "no point competes"
+    assert not told(capsys, folder, kind="pareto", where=("system=oracle",), as_json=True)
+    (tmp_path / "seers").mkdir()
+    rows = [{"tokens_per_s": 1.0, "role": "clairvoyant"}] * 4
+    seers = stored(tmp_path / "seers", {"system": ["a", "b"], LINK: [4, 8]}, rows)
+    assert "fewer than two lines compete" in told(capsys, seers, kind="crossovers")
     for kind in ("heatmap", "pareto", "crossovers"):
         found = told(capsys, folder, kind=kind, as_json=True, **({"y": "system"} if kind == "heatmap" else {}))
         assert not any(name in line for line in found for name in SEER)
@@ -70,6 +76,7 @@ def test_bounds_are_drawn_apart(tmp_path: Path) -> None:
     assert {line.is_dashed() for line in ax.lines[2:]} == {True}
     assert ax.get_ylim()[1] > 40
     picture = view(folder, kind="pareto")
+    assert front(view(folder, kind="pareto", where=("system=oracle",)), []).axes
     drawn = front(picture, [3]).axes[0].lines[1:]
     assert [line.get_label() for line in drawn] == ["a", "b", *labels]
     assert {line.get_color() for line in drawn[2:]} == {MUTED}

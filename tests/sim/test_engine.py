@@ -10,19 +10,7 @@ from typing import Any
 import pytest
 
 from sim.plan import Operation
-from tests.sim.hand import (
-    HandCosts,
-    Script,
-    copy,
-    cpu,
-    evict,
-    gpu,
-    host,
-    play,
-    prefetch,
-    read,
-    rows_of,
-)
+from tests.sim.hand import HandCosts, Script, copy, cpu, evict, gpu, host, play, prefetch, read, rows_of, run, trace_of
 
 BOTH_WAYS = pytest.mark.parametrize("closed", [True, False], ids=["closed form", "events"])
 
@@ -244,6 +232,15 @@ def test_a_read_for_a_prefetch_that_was_taken_back_goes_first_once_it_is_waited_
     assert times["disk", "read", 1, 3] == (1, 5)
     assert times["disk", "read", 1, 1] == (5, 9)
     assert times["disk", "read", 1, 2] == (9, 13)
+
+
+def test_a_read_for_a_prefetch_that_is_kept_goes_first_too() -> None:
+    trace = trace_of([[[0, 1], [2, 3]]], experts=6, lookahead=[[[1, 2], []]])
+    costs = HandCosts(read=4, host=host(joins_layers=False))
+    result = run(trace, 3, costs, host_slots=2, prefetch="next-router")
+    events = result.events[result.events.layer == 1].set_index(["resource", "expert"])
+    assert events.end_s["disk", 2] <= events.start_s["disk", 3]
+    assert events.end_s["disk", 2] == events.start_s["link", 2]
 
 
 @BOTH_WAYS

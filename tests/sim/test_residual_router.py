@@ -37,7 +37,7 @@ RESIDUAL = with_header(PLAIN, lookahead_router="residual", router_means=MEANS)
 
 
 def test_a_plain_look_ahead_is_refused() -> None:
-    told = r"trace must have look-ahead by the residual router for prefetch residual-router, got the plain one's \(rec"
+    told = r"trace must have look-ahead by the residual router for prefetch residual-router, got another one's \(rec"
     with pytest.raises(InputError, match=told):
         check_needs(PLAIN, WANTS)
 
