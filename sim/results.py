@@ -123,7 +123,7 @@ class RunResult:
         """The figures that a command prints of a run, as in ``docs/metrics.md``; None where nothing was decoded."""
         layers = self.layers[self.layers.phase == DECODE]
         counts = layers.drop(columns=["step", "layer", "phase"]).sum()
-        rows = self.tokens[self.tokens.phase == DECODE]
+        union, rows = counts["union"], self.tokens[self.tokens.phase == DECODE]
         token_s, tokens = rows.end_s - rows.start_s, int(rows.tokens.sum())  # one value a token: lanes share a step
         steps_s = float(token_s[~rows.step.duplicated()].sum())
         figures = {
@@ -132,8 +132,8 @@ class RunResult:
             "time_per_output_token_p50_s": token_s.quantile(0.5),
             "time_per_output_token_p99_s": token_s.quantile(0.99),
             **self._by_request(),
-            "hit_ratio_union": counts["hits_union"] / counts["union"] if tokens else None,
-            "hit_ratio_assignments": counts["hits_assignments"] / counts["assignments"] if tokens else None,
+            "hit_ratio_union": counts["hits_union"] / union if union else None,
+            "hit_ratio_assignments": counts["hits_assignments"] / counts["assignments"] if union else None,
             "late_hits": counts["late_hits"],
             "misses": counts["misses"],
             "misses_fetched": self._experts_of(counts["bytes"]),

@@ -16,6 +16,7 @@ import pytest
 
 from sim.results import COLUMNS, ResultError, RunInfo, RunResult, check_folder, write_folder
 from tests.sim.hand import run, trace_of
+from traces.schema import NOT_ROUTED
 
 
 @pytest.fixture(name="result")
@@ -270,6 +271,11 @@ def test_a_folder_that_is_no_result_is_refused_by_name(
     assert named in message
     assert "must" in message
     assert "got" in message
+
+
+def test_tokens_that_are_routed_nowhere_have_no_hit_ratio() -> None:
+    figures = run(trace_of([[[NOT_ROUTED], [NOT_ROUTED]]]), 1).headline()
+    assert (figures["decode_tokens"], figures["hit_ratio_union"], figures["hit_ratio_assignments"]) == (1, None, None)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
