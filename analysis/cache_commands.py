@@ -16,10 +16,11 @@ from analysis.cache_curves import Curves, Unit, frame_rows, measure, settings_at
 from analysis.cache_options import Request, Session, capacities_of, name_of, one_of, phases_of
 from analysis.cache_progress import progress_bar
 from analysis.cache_study import cells, is_bound, run_all
+from analysis.files import PLOTS, check_out, write_figure
 from analysis.shuffled import order_gain
 from sim.policies import EVICTION
-from sim.replay import Replay
 from sim.replay.curves import ONE_PASS, Curve
+from sim.replay.result import Replay
 from sim.replay.settings import Contract
 from traces import store
 from traces.errors import InputError
@@ -40,11 +41,11 @@ def replay_trace(
     force: bool,
 ) -> None:
     """Replays a trace under every policy and capacity that are asked for, and shows what came of it."""
-    tables.check_out(out, (*tables.TABLES, *tables.PLOTS), force=force)
+    check_out(out, (*tables.TABLES, *PLOTS), force=force)
     session = Session.of(request)
     wanted = phases_of(phases, session.feed.trace)
     settings = capacities_of(capacity, size, session)
-    if out is not None and out.suffix in tables.PLOTS and len(settings) * len(wanted) > 1:
+    if out is not None and out.suffix in PLOTS and len(settings) * len(wanted) > 1:
         raise InputError(f"out must be a table for more than one capacity or phase (see cache curve), got {out}")
     _tell(session.notes)
     with progress_bar(len(session.feed.plan) * len(session.choices) * len(settings)) as progress:
@@ -67,7 +68,7 @@ def _draw_policies(replays: Sequence[Replay], phase: str, seed: int, out: Path, 
     from analysis.plots_cache import policies_at
 
     table = with_intervals(replays, phase, np.random.default_rng(seed))
-    tables.write_figure(policies_at(table, title, bound=bound), out)
+    write_figure(policies_at(table, title, bound=bound), out)
 
 
 def _say(out: Path | None) -> None:
@@ -109,14 +110,14 @@ def draw_curves(
     force: bool,
 ) -> None:
     """Finds the hits of LRU and Belady at every capacity, and of other policies at the capacities named."""
-    tables.check_out(out, (*tables.TABLES, *tables.PLOTS), force=force)
+    check_out(out, (*tables.TABLES, *PLOTS), force=force)
     session = Session.of(request)
     counted = one_of("unit", unit, Unit)
     wanted = phases_of(phase, session.feed.trace)
     if len(wanted) > 1:
         raise InputError(f"phase must be one of all, prefill and decode, got {phase}")
     settings = settings_at(capacity, counted, session)
-    if out is not None and out.suffix in tables.PLOTS and all(one.name not in ONE_PASS for one in session.choices):
+    if out is not None and out.suffix in PLOTS and all(one.name not in ONE_PASS for one in session.choices):
         raise InputError(f"policies must have {' or '.join(ONE_PASS)} among them for a plot, got {request.policies}")
     _tell(session.notes)
     with progress_bar(len(session.feed.plan) * len(session.choices) * len(settings)) as progress:
@@ -140,7 +141,7 @@ def _draw_curves(
     from analysis.plots_cache import hit_curves, marks_of
 
     marks = marks_of(found.lines[0], phase=found.phase)
-    tables.write_figure(hit_curves(exact, sampled, marks, title), out)
+    write_figure(hit_curves(exact, sampled, marks, title), out)
 
 
 def _print_curves(session: Session, found: Curves) -> None:
@@ -171,7 +172,7 @@ def _knee(line: Curve, phase: str) -> str:
 def tell_locality(trace: str, *, contract: str, seed: int, as_json: bool, out: Path | None, force: bool) -> None:
     """Shows what popularity and order of a trace's routing promise, and what order is worth to LRU."""
     judged = one_of("contract", contract, Contract)
-    tables.check_out(out, tables.PLOTS, force=force)
+    check_out(out, PLOTS, force=force)
     loaded = store.load(find_trace(trace))
     rng, name = np.random.default_rng(seed), name_of(loaded, trace)
     with progress_bar(6 * loaded.header.layers, "windows, layer by layer") as progress:
@@ -184,7 +185,7 @@ def tell_locality(trace: str, *, contract: str, seed: int, as_json: bool, out: P
     if out is not None:
         from analysis.plots_cache import locality as draw_locality
 
-        tables.write_figure(draw_locality(record, name), out)
+        write_figure(draw_locality(record, name), out)
     if as_json:
         typer.echo(json.dumps(record, allow_nan=False))
     else:

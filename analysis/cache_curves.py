@@ -13,8 +13,9 @@ import pandas as pd
 
 from analysis.cache_options import Session, words
 from analysis.cache_study import resampled, run_all
-from sim.replay import Capacity, Replay, Settings
+from sim.replay import Capacity, Settings
 from sim.replay.curves import ONE_PASS, POINTS, Curve, curve, points
+from sim.replay.result import Replay
 
 Unit = Literal["slots", "bytes"]
 Progress = Callable[[str, int], None]

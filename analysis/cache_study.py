@@ -14,8 +14,9 @@ import numpy as np
 from analysis.metrics import gap_closed
 from analysis.uncertainty import Resampled, caveat
 from sim.policies.base import Calibration, EvictionPolicy
-from sim.replay import Feed, Replay, Settings, replay
-from sim.replay.result import PHASES
+from sim.replay import Feed, Settings
+from sim.replay.result import PHASES, Replay
+from sim.replay.run import replay
 from traces.errors import InputError
 
 BOUND = "belady"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from analysis.cache_study import BOUND, Cell
 from sim.policies.base import EvictionPolicy
 from sim.printing import console_for
 from sim.replay.settings import UNSIZED
-from traces.errors import InputError
-from traces.store import check_target
+from traces.paths import whole_file
 
 WIDE = 170
 """Columns of a table that nobody sees in a terminal, so that it is not squeezed."""
@@ -32,17 +30,7 @@ TWO_RANKINGS = (
 )
 """What has to be told where a table or a plot holds both."""
 
-PLOTS = (".png", ".svg")
 TABLES = (".csv", ".parquet")
-
-
-def check_out(path: Path | None, endings: Sequence[str], *, force: bool) -> None:
-    """Raises :class:`InputError` when ``path`` has another ending, exists, or cannot be written."""
-    if path is None:
-        return
-    if path.suffix not in endings:
-        raise InputError(f"out must end in one of {', '.join(endings)}, got {path}")
-    check_target(path, force=force)
 
 
 def console(*tables: Table) -> Console:
@@ -188,34 +176,15 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import pandas as pd
 
     frame = pd.DataFrame([_flat(row) for row in rows])
-    if path.suffix == ".csv":
-        write_whole(path, lambda draft: frame.to_csv(draft, index=False))
-    else:
-        write_whole(path, lambda draft: frame.to_parquet(draft, index=False))
+    with whole_file(path) as draft:
+        if path.suffix == ".csv":
+            frame.to_csv(draft, index=False)
+        else:
+            frame.to_parquet(draft, index=False)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in row.items()}
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` write under a temporary name beside ``path``, then renames; raises :class:`InputError`."""
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(draft)
-        draft.replace(path)
-    except OSError as error:
-        raise InputError(f"out must be a file that can be written, got {path} ({error.strerror})") from error
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def write_figure(figure: Any, path: Path) -> None:
-    """Writes a matplotlib figure, by the ending of ``path``."""
-    from analysis.style import PAPER
-
-    write_whole(path, lambda draft: figure.savefig(draft, dpi=160, facecolor=PAPER))
 
 
 def curve_table(columns: dict[str, dict[str, float]], policies: Sequence[str], *, bound: bool) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from sim.printing import console_for
 from sim.results import write_folder
 from sim.spec.profile import Profile
 from traces.errors import InputError
+from traces.paths import whole_file
 
 PAGE = "report.html"
 ARCHIVE = ".tar.gz"
@@ -127,23 +127,16 @@ def pack(folder: Path, archive: Path) -> None:
 
     Left out are hidden files and folders, which are half-written, and archives, this one and others.
     """
-    draft = archive.with_name(f".{archive.name}.{os.getpid()}.partial")
-    try:
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            draft.open("wb") as file,
-            gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,
-            tarfile.open(fileobj=packed, mode="w") as tar,
-        ):
-            for path in sorted(folder.rglob("*")):
-                inside = path.relative_to(folder)
-                if not (path.name.endswith(ARCHIVE) or _is_hidden(inside)):
-                    tar.add(path, f"{folder.resolve().name}/{inside}", recursive=False, filter=_plain)
-        draft.replace(archive)
-    except OSError as error:
-        raise InputError(f"archive must be a file that can be written, got {archive} ({error.strerror})") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    with (
+        whole_file(archive, "archive") as draft,
+        draft.open("wb") as file,
+        gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for path in sorted(folder.rglob("*")):
+            inside = path.relative_to(folder)
+            if not (path.name.endswith(ARCHIVE) or _is_hidden(inside)):
+                tar.add(path, f"{folder.resolve().name}/{inside}", recursive=False, filter=_plain)
 
 
 def _is_hidden(inside: Path) -> bool:

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from analysis import text
-from analysis.cache_tables import PLOTS, check_out, write_figure
 from analysis.crossovers import Crossing, Lead, crossings, leads, pareto
+from analysis.files import PLOTS, check_out, write_figure
 from analysis.heartbeat import Heartbeat
 from analysis.sweep_fairness import MEMORY, memory_line, told_of_memory, told_outside
 from analysis.sweep_spread import JUDGED, judged, told_of_best, told_of_leads

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.files import write_figure
 from analysis.frames import step_frame
 from analysis.metrics import busy_within, ratio, waits
 from analysis.systems_table import systems_table, verdicts
@@ -65,7 +66,6 @@ def side_by_side(entries: Sequence[Entry], *, seed: int = 0) -> list[dict[str, A
 
 def systems_plot(records: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
     """Writes the figure of :func:`analysis.plots_systems.plot`, as PNG or SVG by the ending of ``path``."""
-    from analysis.cache_tables import write_figure
     from analysis.plots_systems import plot
 
     write_figure(plot(records, title), path)

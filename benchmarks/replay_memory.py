@@ -20,7 +20,8 @@ import typer
 
 from analysis.files import check_file
 from benchmarks.evidence import keep
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.run import replay
 from traces.schema import Trace, TraceHeader
 
 LAYERS, EXPERTS, TOP_K = 12, 128, 4

@@ -28,7 +28,8 @@ import typer
 
 from analysis.files import check_file
 from benchmarks.evidence import keep
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.run import replay
 from traces.schema import Array, Trace, TraceHeader
 
 BLOCKS, SLOTS = 4096, 409

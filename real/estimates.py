@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sim.spec import ModelSpec
+from traces.paths import whole_file
 
 FILE = "took.json"
 LOAD_S, LOAD_BYTES_PER_S = 3.0, 1e9
@@ -37,9 +38,8 @@ class Took:
         if "run" in seconds and seconds["run"] <= entry.get("run", -1.0):
             return
         entry |= seconds
-        draft = self._path.with_name(f".{FILE}.partial")
-        draft.write_text(json.dumps(self._kept, indent=1) + "\n", encoding="utf-8")
-        draft.replace(self._path)
+        with whole_file(self._path) as draft:
+            draft.write_text(json.dumps(self._kept, indent=1) + "\n", encoding="utf-8")
 
     def estimate(self, spec: ModelSpec, what: str) -> float:
         """Seconds that ``what`` will take: as before; else as for other models, longer for a larger one; else rough."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from sim.profile import ProfileCosts
 from sim.results import RunResult, check_folder
 from sim.spec.profile import Profile
 from traces.errors import InputError
+from traces.paths import whole_file
 
 PROFILE_FILE = "profile.toml"
 RUNS, CONSTANTS = "runs", "constants"
@@ -80,10 +80,5 @@ def _short(value: Any) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with whole_file(path) as draft:
         draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise InputError(f"out must be a folder that can be written, got {path} ({error.strerror})") from error

@@ -19,7 +19,9 @@ from real.decode import Machine
 from real.decode import replay as replay_really
 from sim.custom import load_policy
 from sim.policies import LayerView, PolicyContext, PrefetchView
-from sim.replay import Capacity, Feed, Replay, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.result import Replay
+from sim.replay.run import replay
 from sim.results import RunResult
 from sim.run import simulate
 from sim.systems import Budget, SystemSpec

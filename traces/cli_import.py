@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from traces import store
 from traces.errors import InputError, unknown_name
 from traces.limits import MOST_EXPERT_BYTES
-from traces.schema import NOT_ROUTED, Array, TraceError
+from traces.paths import whole_file
+from traces.schema import NOT_ROUTED, Array
 
 if TYPE_CHECKING:
     from traces.importers import Imported
@@ -138,18 +138,11 @@ def _progress(files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
 
 
 def _save_residency(columns: dict[str, Array], path: Path) -> None:
-    """Writes the columns as Parquet, under a temporary name first."""
+    """Writes the columns as Parquet."""
     import pandas as pd
 
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, "residency-out") as draft:
         pd.DataFrame(columns).to_parquet(draft, index=False)
-        draft.replace(path)
-    except OSError as error:
-        raise TraceError(f"residency_out must be a file that can be written, got {path}: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _report(imported: Imported, files: int, out: Path, *, as_json: bool) -> None:

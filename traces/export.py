@@ -6,7 +6,6 @@ The formats are described in ``docs/trace-format.md``; ``moetwin trace import`` 
 from __future__ import annotations
 
 import gzip
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from traces.errors import InputError
-from traces.schema import NOT_ROUTED, Phase, Trace, TraceError
+from traces.paths import whole_file
+from traces.schema import NOT_ROUTED, Phase, Trace
 from traces.store import check_target
 
 CSV_COLUMNS = "sequence,position,layer,phase,step,token_id,expert_ids,gates"
@@ -83,16 +83,13 @@ def export(trace: Trace, path: Path, *, force: bool = False, progress: Progress 
     check_target(path, force=force)
     layers = trace.header.layers
     piece = max(1, CHUNK_LINES // layers)
-    try:
-        with _whole(path) as file:
-            file.write(head(trace).encode())
-            for start in range(0, len(trace), piece):
-                rows = slice(start, start + piece)
-                file.write("".join(map(text, _lines(trace, rows))).encode())
-                if progress is not None:
-                    progress(min(rows.stop, len(trace)), len(trace))
-    except OSError as error:
-        raise TraceError(f"out must be a file that can be written, got {path}: {error}") from error
+    with whole_file(path) as draft, _opened(draft, packed=path.suffix == ".gz") as file:
+        file.write(head(trace).encode())
+        for start in range(0, len(trace), piece):
+            rows = slice(start, start + piece)
+            file.write("".join(map(text, _lines(trace, rows))).encode())
+            if progress is not None:
+                progress(min(rows.stop, len(trace)), len(trace))
     return len(trace) * layers
 
 
@@ -106,20 +103,14 @@ def format_of(path: Path) -> str:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[BufferedIOBase]:
-    """A file under a temporary name in the same folder, renamed when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with draft.open("wb") as raw:
-            if path.suffix == ".gz":  # without name and time in it, equal content gives equal bytes
-                with gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) as packed:
-                    yield packed
-            else:
-                yield raw
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+def _opened(path: Path, *, packed: bool) -> Iterator[BufferedIOBase]:
+    """The file to write into; packed without name and time in it, so that equal content gives equal bytes."""
+    with path.open("wb") as raw:
+        if not packed:
+            yield raw
+            return
+        with gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) as file:
+            yield file
 
 
 def _lines(trace: Trace, rows: slice) -> Iterator[_Line]:

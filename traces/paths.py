@@ -1,9 +1,13 @@
-"""Where a file or a folder can be written: asked before the work whose outcome it is to hold."""
+"""Where a file or a folder can be written, asked before the work whose outcome it is to hold; files that are whole."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from traces.errors import InputError
 
 
 def fault_of_target(path: Path) -> str | None:
@@ -23,3 +27,21 @@ def _fault(path: Path) -> str | None:
     if not nearest.is_dir():
         return f"{nearest} is not a folder"
     return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} may not be written to"
+
+
+@contextmanager
+def whole_file(path: Path, field: str = "out") -> Iterator[Path]:
+    """Gives a name beside ``path`` to write under, which becomes ``path`` when the block ends well: a file is there
+    complete or not at all. Its folder is made when missing. An OSError in the block becomes :class:`InputError`.
+    """
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        draft.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{field} must be a file that can be written, got {path}: {reason}") from error
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from traces.errors import unknown_name
-from traces.paths import fault_of_target
+from traces.paths import fault_of_target, whole_file
 from traces.schema import DTYPES, REQUIRED, Array, Trace, TraceError, TraceHeader
 
 HEADER_KEY = "moetwin_trace"
@@ -37,26 +37,16 @@ def save(trace: Trace, path: str | os.PathLike[str], *, force: bool = False) -> 
     trace.check()
     tensors = {name: np.ascontiguousarray(array) for name, array in trace.arrays()}
     metadata = {HEADER_KEY: trace.header.model_dump_json(), DIGEST_KEY: trace.digest}
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(tensors, metadata, target)
-    except (OSError, SafetensorError) as error:
-        raise TraceError(f"out must be a file that can be written, got {target}: {error}") from error
-    return target
-
-
-def _write_whole(tensors: dict[str, Array], metadata: dict[str, str], target: Path) -> None:
-    """Writes under a temporary name in the same folder, then renames."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(target) as draft:
         draft.touch()
         mode = draft.stat().st_mode  # the library writes files that only their owner may read
-        save_file(tensors, draft, metadata=metadata)
+        try:
+            save_file(tensors, draft, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         _order_metadata(draft)
         draft.chmod(mode)
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    return target
 
 
 def _order_metadata(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 from real.models.kernels import training_forward
 from real.models.optimiser import make_optimisers
 from real.models.tokens import SequenceSampler
+from traces.paths import whole_file
 
 STATE_NAME = "training-state.pt"
 LOG_NAME = "training-log.jsonl"
@@ -214,15 +214,14 @@ class Trainer:
 
     def save_state(self, path: Path) -> None:
         """Write all that `load_state` needs to go on exactly; the file appears under its name only when complete."""
-        partial = path.with_name(f".{path.name}.partial")
         state = {
             "recipe": asdict(self.recipe),
             "progressed": asdict(self.progressed),
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with whole_file(path) as draft:
+            torch.save(state, draft)
 
     def load_state(self, path: Path) -> None:
         """Go on from a saved state; raises ValueError when it was made with another recipe (budget apart)."""

@@ -6,7 +6,6 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from sim.spec.catalogue import first_fault
 from sim.spec.hardware import HostSpec
 from sim.spec.model import ModelSpec
 from traces.errors import InputError
+from traces.paths import whole_file
 
 PROFILE_VERSION = 1
 
@@ -207,16 +207,8 @@ class Profile(_Table):
         """Writes TOML, whole or not at all; raises :class:`InputError` for a file that exists, without ``force``."""
         if path.exists() and not force:
             raise InputError(f"out must be a new file (or give --force), got {path}")
-        draft = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as draft:
             draft.write_text(tomli_w.dumps(self.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
-            draft.replace(path)
-        except OSError as error:
-            raise InputError(f"out must be a file that can be written, got {path} ({error.strerror})") from error
-        finally:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Profile:

@@ -243,7 +243,7 @@ def test_interrupted_writing_leaves_the_old_file_alone(tmp_path: Path, monkeypat
 
 def test_an_impossible_place_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here", encoding="utf-8")
-    with pytest.raises(InputError, match="markdown must be a place that can be written"):
+    with pytest.raises(InputError, match="markdown must be a file that can be written"):
         write_text(tmp_path / "file" / "out.md", "new", field="markdown")
     with pytest.raises(InputError, match="markdown must be a file name, got the folder"):
         write_text(tmp_path, "new", field="markdown")

@@ -10,8 +10,10 @@ import numpy as np
 from hypothesis import settings
 
 from sim.policies import EVICTION, EvictionPolicy, PolicyContext
-from sim.replay import Capacity, Feed, Replay, Settings, replay
+from sim.replay import Capacity, Feed, Settings
 from sim.replay.calibration import TraceCalibration
+from sim.replay.result import Replay
+from sim.replay.run import replay
 from tests.sim.hand import trace_of
 from tests.sim.replaying import decisions
 from traces.schema import Trace

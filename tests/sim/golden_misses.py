@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sim.policies import EVICTION
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.run import replay
 from traces import store
 from traces.shipped import find_trace
 

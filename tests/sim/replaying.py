@@ -17,9 +17,11 @@ from sim.compiled.book import LEFT
 from sim.compiled.counts import COLUMNS
 from sim.policies import EVICTION, PolicyContext
 from sim.policies.base import NEVER
-from sim.replay import Capacity, Feed, Replay, Settings, replay
+from sim.replay import Capacity, Feed, Settings
 from sim.replay.calibration import TraceCalibration
 from sim.replay.objects import arranged
+from sim.replay.result import Replay
+from sim.replay.run import replay
 from sim.replay.settings import ORDERS
 from traces.schema import NOT_ROUTED, Array, Trace, TraceHeader
 from traces.synthetic import Sizes, markov

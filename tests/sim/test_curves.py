@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
 from sim.replay.curves import HEURISTIC, ONE_PASS, POINTS, Curve, curve, points, sampled
+from sim.replay.run import replay
 from sim.replay.settings import ORDERS
 from tests.sim.hand import trace_of
 from tests.sim.replaying import feeds, trace_of_rows

@@ -11,7 +11,9 @@ import pytest
 
 from sim.custom import load_policy
 from sim.policies.base import EvictionPolicy
-from sim.replay import Capacity, Feed, Replay, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.result import Replay
+from sim.replay.run import replay
 from traces.errors import InputError
 from traces.schema import Trace
 from traces.synthetic import Sizes, generate

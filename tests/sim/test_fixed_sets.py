@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sim.policies import EVICTION, PolicyContext
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.run import replay
 from tests.sim.hand import misses_by_step, run, trace_of
 
 LAYERS, EXPERTS = 5, 16

@@ -11,8 +11,10 @@ import pytest
 from analysis.cache_options import choose
 from sim.policies import EVICTION, PLACEMENT, PREFETCH, PolicyContext
 from sim.policies.base import Policy
-from sim.replay import Capacity, Feed, Replay, Settings, replay
+from sim.replay import Capacity, Feed, Settings
 from sim.replay.calibration import TraceCalibration
+from sim.replay.result import Replay
+from sim.replay.run import replay
 from traces.errors import InputError
 from traces.synthetic import Sizes, generate
 

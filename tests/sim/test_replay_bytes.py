@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.compiled.counts import COLUMNS
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
 from sim.replay.result import PHASES
+from sim.replay.run import replay
 from tests.sim.formulas import unequal
 from tests.sim.hand import trace_of
 from tests.sim.replaying import play, traces, ways

@@ -13,7 +13,9 @@ from sim.compiled.stream import mixed as compiled_mixed
 from sim.compiled.twins import TWINS
 from sim.policies import EVICTION, PolicyContext
 from sim.policies.evict.random import mixed
-from sim.replay import Capacity, Feed, Replay, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.result import Replay
+from sim.replay.run import replay
 from traces.schema import NOT_ROUTED, Trace, TraceHeader
 
 CLASSICS = [

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from sim.compiled.counts import COLUMNS
 from sim.compiled.twins import TWINS
 from sim.policies import EVICTION
-from sim.replay import Capacity, Feed, Replay, Settings
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.result import Replay
 from sim.replay.settings import ORDERS
 from tests.sim.replaying import (
     EVERY,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from sim.policies import EVICTION, PolicyContext
 from sim.policies.base import EvictionPolicy
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.run import replay
 from tests.sim import golden_misses
 from tests.sim.hand import HandCosts, run, trace_of
 from tests.sim.replaying import play, recount, traces

@@ -13,7 +13,9 @@ import pytest
 
 from sim.policies import EVICTION
 from sim.policies.base import EvictionPolicy
-from sim.replay import Capacity, Feed, Replay, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.result import Replay
+from sim.replay.run import replay
 from tests.sim import golden_misses
 from tests.sim.hand import trace_of
 from tests.sim.replaying import recount

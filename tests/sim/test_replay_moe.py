@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.run import replay
 from tests.sim.formulas import LEFT, STREAMED, Counted, leaving, log_of, of_sequence, policy_of, shipped, with_scores
 from tests.sim.replaying import decisions
 

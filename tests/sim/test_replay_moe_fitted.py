@@ -9,8 +9,9 @@ import pytest
 
 from sim.policies import EVICTION, PolicyContext
 from sim.policies.evict.belady_imitator import AGES, Networks, _slopes, examples, train, usage
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
 from sim.replay.calibration import TraceCalibration
+from sim.replay.run import replay
 from tests.sim.formulas import STREAMED, Counted, of_sequence, policy_of, shipped, shipped_replay, two_layers, unequal
 from tests.sim.hand import trace_of
 from tests.sim.replaying import decisions

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.replay import Capacity, Feed, Replay, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.result import Replay
+from sim.replay.run import replay
 from tests.sim.formulas import FEW, shipped
 from tests.sim.replaying import calibration_for, capacities, decisions, feeds
 from traces.schema import Trace

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.run import replay
 from traces.importers import import_files
 from traces.schema import NOT_ROUTED, Trace
 

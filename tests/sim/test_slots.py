@@ -6,8 +6,9 @@ from itertools import product
 
 import numpy as np
 
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
 from sim.replay.calibration import TraceCalibration
+from sim.replay.run import replay
 from sim.slots import misses_by_layer, split_by_misses
 from traces.schema import Trace
 from traces.synthetic import Sizes, generate

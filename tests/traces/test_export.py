@@ -155,7 +155,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, name: str, monkeypatch: py
         raise OSError("no space left")
 
     monkeypatch.setitem(FORMATS, ".csv", (lambda _trace: "head\n", fail))
-    with pytest.raises(TraceError, match=r"out must be a file that can be written, got .*: no space left"):
+    with pytest.raises(InputError, match=r"out must be a file that can be written, got .*: no space left"):
         write(hand(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 

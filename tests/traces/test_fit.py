@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sim.replay import Capacity, Feed, Settings, replay
+from sim.replay import Capacity, Feed, Settings
+from sim.replay.run import replay
 from traces import InputError, Trace, store
 from traces.edit import slice_trace
 from traces.fit import fit, likeness, twin
