@@ -38,7 +38,8 @@ before them: W(c) is then without the CPU's seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from heapq import heapify, heappop, heappush
@@ -53,7 +54,7 @@ from sim.profile import ProfileCosts
 from sim.results import RunResult
 from traces.batching import Requests, known_order
 from traces.schema import Array, Phase
-from traces.workload import Routing, Step, Workload
+from traces.workload import Workload
 
 if TYPE_CHECKING:
     from sim.scenario import Prepared
@@ -63,7 +64,10 @@ ROUNDING = 1e-9
 WEIGHTS = np.linspace(0.0, 1.0, 17)
 """Weights of the GPU's time in the means that bound a layer's."""
 
-Pass = tuple[Step, list[Routing]]
+Sizes: TypeAlias = tuple[int, int, int]
+"""Tokens of a pass, those of its longest context, and its sequences."""
+Tokens: TypeAlias = tuple[int, ...]
+"""Tokens of each expert of a layer, fewest first."""
 
 
 @dataclass(frozen=True)
@@ -105,22 +109,12 @@ class Bounds:
         return {name: getattr(self, name).seconds for name in ("run", "prefill", "decode")}
 
 
-Kind: TypeAlias = tuple[int, bool, bool, str]
-"""What the bounds of one workload depend on: slots, what the system may do beyond others, and costs."""
-
-
-def kind_of(prepared: Prepared) -> Kind:
-    """Scenarios of the same work and machine that have the same kind have the same bounds."""
-    system, costs = prepared.system, _costs_of(prepared)
-    digest = costs.profile.digest if isinstance(costs, ProfileCosts) else costs.name
-    return prepared.slots, system.dense_follows, system.deferral > 0, digest
-
-
-def lower_bound(prepared: Prepared) -> Bounds:
+def lower_bound(prepared: Prepared, demand: Demand | None = None) -> Bounds:
     """The bounds of a scenario with all slots that its limit gives, whatever its system makes of them.
 
     Whoever holds every expert, whatever the limit, has the bounds of that, and who takes dense work to the CPU, or
-    defers experts, those of systems that may. Raises as :func:`bounds_of`.
+    defers experts, those of systems that may. ``demand`` is that of its plan and slots, if known. Raises as
+    :func:`demand_of`.
     """
     system = prepared.system
     return bounds_of(
@@ -129,14 +123,14 @@ def lower_bound(prepared: Prepared) -> Bounds:
         prepared.slots,
         dense_follows=system.dense_follows,
         defers=system.deferral > 0,
+        demand=demand,
     )
 
 
 def lower_bounds(compared: Sequence[Prepared]) -> list[Bounds]:
-    """The bounds of scenarios that differ in nothing but the system, worked out once for all of a kind."""
-    kinds = [kind_of(one) for one in compared]
-    found = {kind: lower_bound(compared[kinds.index(kind)]) for kind in dict.fromkeys(kinds)}
-    return [found[kind] for kind in kinds]
+    """The bounds of scenarios that differ in nothing but the system: what there is to do is worked out once."""
+    demands = {slots: demand_of(compared[0].plan, slots) for slots in {one.slots for one in compared}}
+    return [lower_bound(one, demands[one.slots]) for one in compared]
 
 
 def _costs_of(prepared: Prepared) -> Costs:
@@ -185,93 +179,136 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def bounds_of(
-    plan: Workload | Requests, costs: Costs, slots: int, *, dense_follows: bool = False, defers: bool = False
+    plan: Workload | Requests,
+    costs: Costs,
+    slots: int,
+    *,
+    dense_follows: bool = False,
+    defers: bool = False,
+    demand: Demand | None = None,
 ) -> Bounds:
     """Bounds for every system that runs ``plan`` with ``slots`` for experts in all, staging slots apart.
 
     With ``dense_follows`` they hold for systems, too, that run layers on the CPU as a whole, with ``defers`` for those
-    whose CPU experts may join the next layer's output. Raises :class:`InputError` for requests that arrive over time:
-    the order of their passes depends on the system.
+    whose CPU experts may join the next layer's output. ``demand`` is that of the plan and the slots, if known. Raises
+    as :func:`demand_of`.
     """
-    from sim.run import routings_of  # simpy is imported with it
-
-    workload = known_order(plan, "a bound")
-    routing = routings_of(workload.trace)
-    passes = [(step, routing(step)) for step in workload]
-    size_bytes = min(workload.trace.header.expert_bytes)
-    stretch = _Stretches(costs, size_bytes, workload.trace.header.experts, slots, dense_follows, defers)
+    demand = demand or demand_of(plan, slots)
+    prices = _Prices(costs, min(plan.trace.header.expert_bytes), dense_follows, defers)
     by_phase = {Phase.PREFILL: Bound(), Phase.DECODE: Bound()}
-    for phase, group in groupby(passes, key=lambda one: one[0].phase):
-        by_phase[phase] += stretch.bound([*group])
+    for phase, stretch in demand.stretches:
+        by_phase[phase] += prices.bound(stretch)
     prefill, decode = by_phase[Phase.PREFILL], by_phase[Phase.DECODE]
-    run = max(stretch.bound(passes), prefill + decode, key=lambda one: one.seconds)
+    run = max(prices.bound(demand.whole), prefill + decode, key=lambda one: one.seconds)
     return Bounds(slots, run, prefill, decode, dense_follows)
 
 
-class _Stretches:
-    """Bounds of stretches of passes under one budget."""
+@dataclass(frozen=True)
+class Stretch:
+    """What passes that follow one another without a gap have to do, whatever that takes."""
 
-    def __init__(
-        self, costs: Costs, size_bytes: int, experts: int, slots: int, dense_follows: bool, defers: bool
-    ) -> None:
-        self._costs, self._host, self._experts, self._slots = costs, costs.host, experts, slots
+    passes: Counter[Sizes]  # how many there are of the same sizes
+    layers: Counter[tuple[Sizes, Tokens]]  # how many layers with the same tokens in passes of the same sizes
+    misses: int  # uses that are not free, as in the module's text
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The stretches of a plan with some slots, in order, and all of it as one: what its bounds are told from under any
+    costs. It depends on the routing alone, and not on what experts weigh."""
+
+    stretches: Sequence[tuple[Phase, Stretch]]
+    whole: Stretch
+
+
+def demand_of(plan: Workload | Requests, slots: int) -> Demand:
+    """What ``plan`` has to do with ``slots`` for experts in all; raises :class:`InputError` for requests that arrive
+    over time: the order of their passes depends on the system."""
+    from sim.run import routings_of  # simpy is imported with it
+
+    workload = known_order(plan, "a bound")
+    routing, experts = routings_of(workload.trace), workload.trace.header.experts
+    stretches: list[tuple[Phase, Stretch]] = []
+    all_uses: list[list[int]] = []
+    for phase, steps in groupby(workload, key=lambda step: step.phase):
+        passes, layers, uses = Counter[Sizes](), Counter[tuple[Sizes, Tokens]](), list[list[int]]()
+        for step in steps:
+            sizes = len(step.rows), step.context, len(step.sequences)
+            routings = routing(step)
+            passes[sizes] += 1
+            layers.update((sizes, tuple(sorted(one.counts))) for one in routings)
+            uses += ([place * experts + block for block in one.experts] for place, one in enumerate(routings))
+        stretches.append((phase, Stretch(passes, layers, fewest_misses(uses, slots))))
+        all_uses += uses
+    passes, layers = Counter[Sizes](), Counter[tuple[Sizes, Tokens]]()
+    for _, stretch in stretches:
+        passes.update(stretch.passes)
+        layers.update(stretch.layers)
+    return Demand(stretches, Stretch(passes, layers, fewest_misses(all_uses, slots)))
+
+
+class _Prices:
+    """Bounds of stretches under some costs."""
+
+    def __init__(self, costs: Costs, size_bytes: int, dense_follows: bool, defers: bool) -> None:
+        self._costs, self._host = costs, costs.host
         self._dense_follows = dense_follows
         self._cpu_expert_s = (lambda tokens, first: 0.0) if defers else costs.cpu_expert_s
         self._copy_s = costs.copy_s(size_bytes)
-        self._layer = cache(self._minorant)
+        self._layer, self._dense = cache(self._minorant), cache(self._dense_s)
 
-    def bound(self, passes: Sequence[Pass]) -> Bound:
-        """The bound of ``passes``, which follow one another without a gap."""
-        chain_s = self._chain(passes)
-        events = [[layer * self._experts + one for one in routing.experts] for layer, routing in _layers(passes)]
-        misses = fewest_misses(events, self._slots)
-        loads = misses - np.arange(len(chain_s))  # uses that are copied, by uses on the CPU
-        link_s = np.where(loads > 0, loads * self._copy_s + self._rest_s(passes), 0.0)
+    def bound(self, stretch: Stretch) -> Bound:
+        """The bound of a stretch."""
+        chain_s = self._chain(stretch)
+        loads = stretch.misses - np.arange(len(chain_s))  # uses that are copied, by uses on the CPU
+        link_s = np.where(loads > 0, loads * self._copy_s + self._rest_s(stretch), 0.0)
         seconds = np.maximum(chain_s, link_s)
         on_cpu = int(seconds.argmin())
-        return Bound(float(seconds[on_cpu]), float(chain_s.min()), misses, on_cpu)
+        return Bound(float(seconds[on_cpu]), float(chain_s.min()), stretch.misses, on_cpu)
 
-    def _chain(self, passes: Sequence[Pass]) -> Array:
+    def _chain(self, stretch: Stretch) -> Array:
         """D of the module's text, for every number of uses on the CPU from 0 to all: float64 [uses + 1]."""
-        fixed_s, steps_s = 0.0, [np.empty(0)]
-        for step, routings in passes:
-            base_s, moved_s = self._dense_s(step)
-            fixed_s += self._host.layer_s + self._head_s(step) + len(routings) * base_s
-            for routing in routings:
-                least_s, more_s = self._layer(tuple(sorted(routing.counts)), moved_s)
-                fixed_s += least_s + self._host.operation_s * len(routing.counts)
-                steps_s.append(more_s)
-        return fixed_s + np.concatenate([[0.0], np.cumsum(np.sort(np.concatenate(steps_s)))])
+        fixed_s = sum(many * (self._host.layer_s + self._head_s(sizes)) for sizes, many in stretch.passes.items())
+        kinds: Counter[tuple[Tokens, float]] = Counter()
+        for (sizes, tokens), many in stretch.layers.items():
+            base_s, moved_s = self._dense(sizes)
+            fixed_s += many * base_s
+            kinds[tokens, moved_s] += many
+        steps_s, often = [np.empty(0)], [np.empty(0, np.int64)]
+        for (tokens, moved_s), many in kinds.items():
+            least_s, more_s = self._layer(tokens, moved_s)
+            fixed_s += many * (least_s + self._host.operation_s * len(tokens))
+            steps_s.append(more_s)
+            often.append(np.full(len(more_s), many))
+        prices_s, count = np.concatenate(steps_s), np.concatenate(often)
+        order = np.argsort(prices_s, kind="stable")
+        return fixed_s + np.concatenate([[0.0], np.cumsum(np.repeat(prices_s[order], count[order]))])
 
-    def _dense_s(self, step: Step) -> tuple[float, float]:
+    def _dense_s(self, sizes: Sizes) -> tuple[float, float]:
         """Seconds of a layer outside its experts, and what comes on top of them if its dense part is on the CPU."""
-        host, sizes = self._host, (len(step.rows), step.context, len(step.sequences))
+        host = self._host
         join_s = host.join_s + host.layer_s if host.joins_layers else 0.0
         dense_s = self._costs.dense_s(*sizes)
         moved_s = self._costs.cpu_dense_s(*sizes) - dense_s - host.readback_s if self._dense_follows else inf
         return dense_s + host.readback_s + host.controller_s + join_s, moved_s
 
-    def _head_s(self, step: Step) -> float:
-        return self._costs.head_s(len(step.sequences), step.context, len(step.rows))
+    def _head_s(self, sizes: Sizes) -> float:
+        tokens, context, sequences = sizes
+        return self._costs.head_s(sequences, context, tokens)
 
-    def _rest_s(self, passes: Sequence[Pass]) -> float:
+    def _rest_s(self, stretch: Stretch) -> float:
         """What follows the last copy: its expert, and the head."""
-        fewest = {min(routing.counts) for _, routing in _layers(passes) if routing.counts}
+        fewest = {tokens[0] for _, tokens in stretch.layers if tokens}
         expert_s = min(map(self._costs.gpu_expert_s, fewest), default=0.0)
-        return expert_s + min(self._head_s(step) for step, _ in passes)
+        return expert_s + min(map(self._head_s, stretch.passes))
 
-    def _minorant(self, tokens: tuple[int, ...], moved_s: float) -> tuple[float, Array]:
+    def _minorant(self, tokens: Tokens, moved_s: float) -> tuple[float, Array]:
         """The convex minorant of a layer's seconds by its uses on the CPU: the first value, and the steps up to all."""
         beside_s = 0.0 if self._host.joins_layers else self._host.layer_s  # the next dispatch runs beside the experts
         layer_s = np.maximum(split_s(tokens, self._costs.gpu_expert_s, self._cpu_expert_s), beside_s)
         all_on_cpu_s = sum(self._costs.cpu_expert_s(count, False) for count in tokens)
         layer_s[-1] = min(layer_s[-1], max(all_on_cpu_s, beside_s) + moved_s)
         return float(layer_s[0]), np.diff(_convex(layer_s))
-
-
-def _layers(passes: Iterable[Pass]) -> Iterator[tuple[int, Routing]]:
-    for _, routings in passes:
-        yield from enumerate(routings)
 
 
 def split_s(

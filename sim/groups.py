@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from sim.results import RunResult
 from traces.schema import Array, Phase
@@ -40,9 +38,12 @@ def decode_by_group(runs: Sequence[RunResult]) -> tuple[Array, Array]:
 
 def _connected(passes: Array, sequences: Array) -> Array:
     """For each row, a pass and a sequence in it, the number of the piece that both belong to: int64 [rows]."""
-    if not len(passes):
-        return passes
-    first = int(passes.max()) + 1
+    first = int(passes.max(initial=-1)) + 1
+    if first == len(passes):  # no pass is shared: spares what runs alone the time that importing scipy takes
+        return np.asarray(sequences)
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     many = first + int(sequences.max()) + 1
     graph = coo_array((np.ones(len(passes)), (passes, first + sequences)), shape=(many, many))
     return np.asarray(np.unique(connected_components(graph, directed=False)[1][passes], return_inverse=True)[1])

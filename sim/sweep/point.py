@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
-from sim.bounds import Bounds, Kind, kind_of, lower_bound, regret_of
+from sim.bounds import Bounds, Demand, demand_of, lower_bound, regret_of
 from sim.busy import busy_s
 from sim.groups import decode_by_group
-from sim.presets import SYSTEM, Preset
+from sim.presets import SYSTEM
 from sim.results import RunResult
 from sim.scenario import Prepared, Scenario, alongside
 from sim.sweep.keys import key_of
-from sim.systems import SystemSpec
 from traces.errors import InputError
 
 
@@ -77,20 +76,24 @@ def run_point(task: Task) -> Outcome:
     )
 
 
-_KNOWN: dict[tuple[str, Kind], Bounds] = {}
-"""The bounds that this process has worked out: points that differ in their policies share one."""
+ROUTED = ("trace", "batch", "batching", "prefill_chunk", "arrivals", "rate_per_s")
+"""Fields of a scenario that decide which tokens pass which experts together, and so what there is to do."""
+
+_DEMANDS: dict[tuple[str, int], Demand] = {}
+"""What this process has had to do before, latest last: points that differ in policies or machine share it."""
+MOST_DEMANDS = 8
 
 
 def _bounds(scenario: Scenario, prepared: Prepared) -> Bounds | None:
     """The bounds of a point; None where the clock decides the order of its passes."""
     if prepared.workload is None:
         return None
-    policies = {"system": Preset(system=SystemSpec()), "calibration": None, "lookahead_recall": None, "seed": 0}
-    work = scenario.model_copy(update={**policies, "cache": None, "gpu_memory": None})
-    key = key_of(work), kind_of(prepared)
-    if key not in _KNOWN:
-        _KNOWN[key] = lower_bound(prepared)
-    return _KNOWN[key]
+    key = key_of(Scenario(**{field: getattr(scenario, field) for field in ROUTED})), prepared.slots
+    demand = _DEMANDS.pop(key, None) or demand_of(prepared.plan, prepared.slots)
+    _DEMANDS[key] = demand
+    if len(_DEMANDS) > MOST_DEMANDS:
+        del _DEMANDS[next(iter(_DEMANDS))]
+    return lower_bound(prepared, demand)
 
 
 class _OtherContentError(Exception):

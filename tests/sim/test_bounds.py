@@ -322,7 +322,7 @@ def test_what_a_policy_takes_to_decide_is_regret() -> None:
         for evict in ("lru", "lfu")
     ]
     one, other = lower_bounds(compared)
-    assert one is other
+    assert one == other
     regrets = [regret_of(each.run(events=False, operations=False), one) for each in compared]
     assert regrets[0]["regret_token_s"] == pytest.approx(regrets[1]["regret_token_s"] + 0.5)
 
@@ -348,7 +348,7 @@ def test_no_preset_is_faster_than_its_bound(tmp_path: Path, fields: dict[str, An
     found = dict(zip(prepared, lower_bounds([*prepared.values()]), strict=True))
     for name, one in prepared.items():
         assert_bounded(one.run(events=False, operations=False), found[name])
-    assert found["on-demand"] is found["hybrimoe"]
+    assert found["on-demand"] == found["hybrimoe"]
     assert found["all-resident"].decode.misses == 0 < found["hybrimoe"].decode.misses
     assert found["hybrimoe"] == lower_bound(prepared["hybrimoe"])
     assert found["layer-split"].decode.seconds <= found["hybrimoe"].decode.seconds

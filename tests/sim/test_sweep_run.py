@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sim.bounds import lower_bound
 from sim.results import ResultError
-from sim.scenario import Prepared
 from sim.sweep import point, store
 from sim.sweep.point import Outcome, Task, prepared_of, run_point
 from sim.sweep.store import opened
@@ -70,23 +70,36 @@ def _scenario(wanted: Any, place: int) -> Any:
     return Sweep.of(wanted).scenarios[place]
 
 
-def test_rows_have_a_role_and_a_regret_and_share_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Policies, seeds and look-ahead change no bound; links, batches and slots do."""
-    made, bound = list[Prepared](), point.lower_bound
-    monkeypatch.setattr(point, "_KNOWN", {})
-    monkeypatch.setattr(point, "lower_bound", lambda prepared: made.append(prepared) or bound(prepared))
+def test_rows_have_a_role_and_a_regret(tmp_path: Path) -> None:
     systems = ["on-demand", "mixtral-offloading", "oracle", "all-resident"]
-    table, _ = sweep(tmp_path, {"system": systems, "seed": [0, 1], **LINKS}, lookahead_recall=0.8)
+    wanted = grid(tmp_path, {"system": systems, "seed": [0, 1], **LINKS}, lookahead_recall=0.8)
+    table = Seen().sweep(wanted, tmp_path / "out")
     assert dict(zip(table.system, table.role, strict=True)) == dict(
         zip(systems, ["system", "system", "clairvoyant", "no limit"], strict=True)
     )
-    assert len(made) == 2 * 2, "for each link, one under the limit and one without"
     assert (table.regret >= 0).all()
     pd.testing.assert_series_equal(table.regret_token_s / table.bound_token_s, table.regret, check_names=False)
-    one = made[0]
-    assert table.bound_token_s[0] == bound(one).decode.seconds / table.decode_tokens[0]
+    for place in range(len(table)):
+        bound_s = lower_bound(prepared_of(_scenario(wanted, place))).decode.seconds
+        assert table.bound_token_s[place] == bound_s / table.decode_tokens[place]
+
+
+def test_points_share_what_their_bounds_are_told_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies, links, seeds and look-ahead change nothing of it; slots, batches and the trace do."""
+    made: list[int] = []
+    demand_of = point.demand_of
+    monkeypatch.setattr(point, "_DEMANDS", {})
+    monkeypatch.setattr(point, "demand_of", lambda plan, slots: made.append(slots) or demand_of(plan, slots))
+    systems = ["on-demand", "mixtral-offloading", "oracle", "all-resident"]
+    sweep(tmp_path, {"system": systems, "seed": [0, 1], **LINKS}, lookahead_recall=0.8)
+    assert len(set(made)) == len(made) == 2, "one under the limit and one without"
     sweep(tmp_path, {"batch": [1, 2], "cache": [2, 4]}, out="more", lookahead_recall=0.8)
-    assert len(made) == 4 + 4
+    assert len(made) == 2 + 4
+    monkeypatch.setattr(point, "MOST_DEMANDS", 1)
+    monkeypatch.setattr(point, "_DEMANDS", {})
+    made.clear()
+    sweep(tmp_path, {"system": systems[:2], "cache": [2, 4]}, out="few", lookahead_recall=0.8)
+    assert len(made) == 4, "one is kept, and the other worked out anew"
 
 
 def test_requests_that_arrive_over_time_have_no_regret(tmp_path: Path) -> None:
@@ -232,7 +245,7 @@ def test_what_changes_while_the_sweep_runs_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(scenario: Any) -> Prepared:
+    def broken(scenario: Any) -> Any:
         if scenario.seed == 2:
             raise ZeroDivisionError("no way")
         return prepared_of(scenario)

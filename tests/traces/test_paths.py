@@ -14,19 +14,25 @@ def test_a_file_appears_under_its_name_when_the_block_ends(tmp_path: Path) -> No
     path = tmp_path / "new" / "some.csv"
     with whole_file(path) as draft:
         draft.write_text("whole")
-        assert draft.suffix == ".csv" and draft.parent == path.parent  # by its ending, and on the same file system
+        assert draft.suffix == ".csv"  # libraries tell the format by it
+        assert draft.parent == path.parent  # to be renamed within a file system
         assert not path.exists()
     assert path.read_text() == "whole"
     assert [*path.parent.iterdir()] == [path]
+
+
+def half_written(path: Path, fault: type[BaseException]) -> None:
+    with whole_file(path) as draft:
+        draft.write_text("half")
+        raise fault
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, ZeroDivisionError])
 def test_what_was_there_stays_when_the_block_does_not_end_well(tmp_path: Path, fault: type[BaseException]) -> None:
     path = tmp_path / "some.csv"
     path.write_text("before")
-    with pytest.raises(fault), whole_file(path) as draft:
-        draft.write_text("half")
-        raise fault
+    with pytest.raises(fault):
+        half_written(path, fault)
     assert path.read_text() == "before"
     assert [*tmp_path.iterdir()] == [path]
 
