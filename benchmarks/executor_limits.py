@@ -34,7 +34,7 @@ from real.decode import Machine, replay
 from real.device import open_device
 from real.jobs import Limits, Size
 from real.progress import bar, status
-from real.subjects import Subject, subject
+from real.subjects import Subject, subject, synthetic_routing
 from sim.memory import MemoryPlan
 from sim.presets import preset
 from sim.profile import ProfileCosts
@@ -43,7 +43,6 @@ from sim.spec.profile import Profile
 from traces.schema import Phase
 from traces.shipped import find_trace
 from traces.store import load as load_trace
-from traces.synthetic import Sizes, zipf
 from traces.workload import Workload, one_at_a_time
 
 MISS_BOUND = "on-demand"
@@ -118,12 +117,8 @@ def main(
 
 def routing(chosen: Subject, prompt: int, tokens: int) -> Workload:
     """One sequence of uniform routing at the model's dimensions."""
-    spec = chosen.spec
-    sizes = Sizes(
-        sequences=1, prompt_tokens=prompt, new_tokens=tokens, layers=spec.moe_layers, experts=spec.experts,
-        top_k=spec.top_k, expert_bytes=spec.expert_bytes, skew=0.0, lookahead=3,
-    )  # fmt: skip
-    return one_at_a_time(zipf(np.random.default_rng(11), sizes))
+    lengths = {"sequences": 1, "prompt_tokens": prompt, "new_tokens": tokens}
+    return one_at_a_time(synthetic_routing(chosen.spec, seed=11, skew=0.0, lookahead=3, **lengths))
 
 
 def measure(machine: Machine, chosen: Subject, workload: Workload, costs: ProfileCosts, repeats: int) -> list[Measured]:

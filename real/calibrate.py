@@ -27,6 +27,7 @@ from real.bench import MOST_SLOWDOWN, Bench
 from real.decode import Machine, replay
 from real.memory import told_when_full
 from real.planning import planning
+from real.subjects import synthetic_routing
 from sim.costs import RooflineCosts
 from sim.results import RunResult
 from sim.spec import catalogue
@@ -34,7 +35,6 @@ from sim.spec.profile import Point, Pool, Profile, Slowdown
 from sim.systems import STAGING_SLOTS, Budget, SystemSpec
 from traces.errors import InputError
 from traces.standin import MOST_AHEAD
-from traces.synthetic import Sizes, zipf
 from traces.workload import Workload, lock_step
 
 NEW_TOKENS = 12
@@ -161,18 +161,8 @@ def _slots(machine: Machine) -> int:
 
 
 def _workload(machine: Machine, prompt_tokens: int, lanes: int, seed: int) -> Workload:
-    spec = machine.loaded.spec
-    sizes = Sizes(
-        sequences=lanes,
-        prompt_tokens=prompt_tokens,
-        new_tokens=NEW_TOKENS,
-        layers=spec.moe_layers,
-        experts=spec.experts,
-        top_k=spec.top_k,
-        expert_bytes=spec.expert_bytes,
-        lookahead=MOST_AHEAD,
-    )
-    return lock_step(zipf(np.random.default_rng(seed), sizes), lanes)
+    lengths = {"sequences": lanes, "prompt_tokens": prompt_tokens, "new_tokens": NEW_TOKENS}
+    return lock_step(synthetic_routing(machine.loaded.spec, seed, lookahead=MOST_AHEAD, **lengths), lanes)
 
 
 def _notes(slowdowns: Sequence[Slowdown]) -> list[str]:

@@ -21,7 +21,7 @@ from traces.errors import InputError, unknown_name
 from traces.paths import fault_of_target
 
 if TYPE_CHECKING:  # torch and transformers are imported when a model is run, not to print a help text
-    from real.validate import Validation
+    from real.validate import Progress, Validation
 
 MOST_TOKENS = 4096
 _UNITS_S = {"s": 1, "m": 60, "h": 3600}
@@ -83,25 +83,30 @@ def validate(
 
       moetwin validate --model moetwin-small --systems hybrimoe,ktransformers --caches 25%,50% --out small
     """
-    begun_s = time.monotonic()
-    limit_s = None if time_limit is None else _seconds(time_limit)
+    ends_s = None if time_limit is None else time.monotonic() + _seconds(time_limit)
     _check_archive(archive, out)
     named = (tuple(model or ()), device, dtype, systems, caches)
     wanted = _Wanted(*named, repeats, tokens, sequences, trace, calibration, seed, cpu_threads)
     with status("loading"):
         validation = wanted.validation(out)
+    progress = _run(validation, ends_s)
+    return Measured(out, progress.missing, progress.done, progress.total, archive, as_json)
+
+
+def _run(validation: Validation, ends_s: float | None) -> Progress:
+    """Measures what is left to measure, under a bar, until this time of :func:`time.monotonic`."""
     before = validation.progress()
     console = Console(stderr=True)
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("validating", total=before.total, completed=before.done)
         progress = validation.run(
-            limit_s=None if limit_s is None else limit_s - (time.monotonic() - begun_s),
+            limit_s=None if ends_s is None else ends_s - time.monotonic(),
             say=lambda text: bar.update(task, description=text),
             advance=lambda: bar.advance(task),
         )
     for note in progress.notes:
         console.print(f"time-limit: {note}", style="dim", soft_wrap=True)
-    return Measured(out, progress.missing, progress.done, progress.total, archive, as_json)
+    return progress
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ class CudaDevice(Device):
         return mark.at_s
 
     def gpu(self, run: Run, after: Sequence[Work]) -> Work:
+        """Submits at once, in order: the stream waits for ``after``, and the host for nothing."""
         work = CudaWork("gpu", run)
         self._wait_on(self._compute, after)
         begin = self._moment(self._compute)
@@ -121,6 +122,7 @@ class CudaDevice(Device):
         return work
 
     def copy(self, run: Run | Chunks, after: Sequence[Work], *, prefetch: bool = False) -> Work:
+        """A demand copy is submitted as a whole, on a stream of its own; a prefetch piece by piece, as those end."""
         work = CudaWork("link", run, after, yields=prefetch)
         self._open.append(work)
         if prefetch:
@@ -162,6 +164,7 @@ class CudaDevice(Device):
         return [*waiting]
 
     def flush(self) -> None:
+        """Tops up the pieces of prefetches that are under way to :data:`PIECES`, the oldest prefetch first."""
         while self._under_way and self._under_way[0][0].query():
             self._copied |= self._under_way.popleft()[1].done
         while self._waiting and len(self._under_way) < PIECES:
@@ -172,6 +175,7 @@ class CudaDevice(Device):
                 self._waiting.popleft()
 
     def wait(self, works: Sequence[Work], on_copy: Callable[[], None] | None = None) -> None:
+        """Makes later compute wait for copies, on the GPU; the host itself waits for its own experts alone."""
         if on_copy is not None:
             on_copy()
         self.flush()

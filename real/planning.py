@@ -13,6 +13,7 @@ import numpy as np
 
 from real.bench import chilling
 from real.decode import Machine
+from real.subjects import synthetic_routing
 from sim.costs import RooflineCosts
 from sim.presets import preset, preset_names
 from sim.profile import decided_by
@@ -23,7 +24,6 @@ from sim.spec.profile import TOGETHER, Planning
 from sim.systems import KINDS, Budget, SystemSpec
 from traces.errors import InputError
 from traces.standin import MOST_AHEAD
-from traces.synthetic import Sizes, zipf
 from traces.workload import Workload, one_at_a_time
 
 SEQUENCES, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 12
@@ -100,18 +100,8 @@ def _line(decided: Sequence[Decided]) -> tuple[float, float]:
 
 
 def _workload(machine: Machine, seed: int) -> Workload:
-    spec = machine.loaded.spec
-    sizes = Sizes(
-        sequences=SEQUENCES,
-        prompt_tokens=PROMPT_TOKENS,
-        new_tokens=NEW_TOKENS,
-        layers=spec.moe_layers,
-        experts=spec.experts,
-        top_k=spec.top_k,
-        expert_bytes=spec.expert_bytes,
-        lookahead=MOST_AHEAD,
-    )
-    trace = zipf(np.random.default_rng(seed), sizes)
+    lengths = {"sequences": SEQUENCES, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+    trace = synthetic_routing(machine.loaded.spec, seed, lookahead=MOST_AHEAD, **lengths)
     header = trace.header.model_copy(update={"lookahead_router": "residual"})  # which serves all policies
     return one_at_a_time(replace(trace, header=header))
 

@@ -26,7 +26,7 @@ from traces.errors import InputError
 from traces.fit import fit
 from traces.fitted import generate
 from traces.schema import Phase, Trace
-from traces.synthetic import Shape
+from traces.synthetic import Shape, Sizes, zipf
 
 WIDE = "wide"
 """The model of 12.6 MB experts with random weights that stands in where no GPU makes larger ones bearable."""
@@ -121,6 +121,15 @@ def _prompt(trace: Trace, sequence: int) -> tuple[bytes, bytes]:
     """What tells a prompt from others, however long it was recorded: its first tokens, and the routing of the first."""
     rows = trace.sequence == sequence
     return trace.token_ids[rows][:TOLD_TOKENS].tobytes(), trace.expert_ids[rows][:1].tobytes()
+
+
+def synthetic_routing(spec: ModelSpec, seed: int, **sizes: Any) -> Trace:
+    """Routing of independent tokens at the dimensions of ``spec``; ``sizes`` are further fields of
+    :class:`traces.synthetic.Sizes`."""
+    shape = Sizes(
+        layers=spec.moe_layers, experts=spec.experts, top_k=spec.top_k, expert_bytes=spec.expert_bytes, **sizes
+    )
+    return zipf(np.random.default_rng(seed), shape)
 
 
 def _routing(trace: Trace, spec: ModelSpec, lengths: tuple[int, int, int], seed: int) -> Trace:

@@ -18,14 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from real.calibrate import calibrate
 from real.decode import Machine, replay
 from real.device import open_device
 from real.estimates import Took
 from real.memory import workspace_bytes
-from real.subjects import Subject, check_different, model_content, system_content
+from real.subjects import Subject, check_different, model_content, synthetic_routing, system_content
 from real.validation_folder import CONSTANTS, PROFILE_FILE, RUNS, check_weighed, claim, is_there
 from sim.memory import MemoryPlan
 from sim.needs import check_needs, has_residuals, learned_digest
@@ -35,7 +33,6 @@ from sim.spec.profile import Profile
 from sim.systems import Budget, SystemSpec, parse_capacity
 from traces.errors import InputError
 from traces.store import save as save_trace
-from traces.synthetic import Sizes, zipf
 from traces.workload import Workload, one_at_a_time
 
 if TYPE_CHECKING:
@@ -279,15 +276,7 @@ class Validation:
 
 def constant_workload(machine: Machine) -> Workload:
     """Synthetic routing at the model's dimensions, from a seed that neither calibration nor judging uses."""
-    spec = machine.loaded.spec
-    sizes = Sizes(
-        layers=spec.moe_layers,
-        experts=spec.experts,
-        top_k=spec.top_k,
-        expert_bytes=spec.expert_bytes,
-        **CONSTANT_SIZES,
-    )
-    return one_at_a_time(zipf(np.random.default_rng(CONSTANT_SEED), sizes))
+    return one_at_a_time(synthetic_routing(machine.loaded.spec, CONSTANT_SEED, **CONSTANT_SIZES))
 
 
 @dataclass
