@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 
+import numpy as np
 import pytest
 
 from real import cuda_device
@@ -72,12 +74,16 @@ def test_every_order_that_the_events_allow_is_right(gpu: FakeGpu, device: CudaDe
     assert all(work.start_s < work.end_s for work in works)
 
 
-def test_events_are_used_again(gpu: FakeGpu, device: CudaDevice) -> None:
-    stress(gpu, device)
-    made = gpu.events
-    for _ in range(3):
+def test_the_same_work_again_needs_no_further_event(
+    gpu: FakeGpu, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_device, "ANCHOR_S", inf)  # one more whenever that has passed
+    made = []
+    for _ in range(4):
+        gpu.rng = np.random.default_rng(5)
         stress(gpu, device)
-    assert gpu.events < 3 * made
+        made.append(gpu.events)
+    assert set(made) == {made[0]}
 
 
 def wrong_in_some_order(monkeypatch: pytest.MonkeyPatch) -> bool:
