@@ -37,7 +37,10 @@ def told_of_memory(picture: Shown) -> list[str]:
         return [memory_line(rows)]
     if (rows.groupby(at)[MEMORY].nunique() <= 1).all():
         return [f"GPU memory of what is compared: equal at each {at}, {_span(rows[MEMORY])}"]
-    own = [f"{name} {_span(part)}" for name, part in rows.groupby(picture.hue.name, sort=False)[MEMORY]]
+    alike: dict[str, list[str]] = {}
+    for name, sizes in rows.groupby(picture.hue.name, sort=False)[MEMORY]:
+        alike.setdefault(_span(sizes), []).append(str(name))
+    own = [f"{size} ({few(names)})" for size, names in alike.items()]
     return [f"GPU memory of what is compared is not equal: {few(own)}"]
 
 

@@ -221,7 +221,7 @@ def test_words_of_lines_and_crossovers(tmp_path: Path, capsys: pytest.CaptureFix
     folder = by_link(tmp_path)
     first = "highest decode rate: cpu and same alike below 11.3 GB/s, link above 11.3 GB/s"
     alike = "not distinguishable: same from cpu at 4 GB/s, 8 GB/s"
-    memory = "GPU memory of what is compared is not equal: cpu 1.00 GB, same 1.10 GB, link 1.20 GB"
+    memory = "GPU memory of what is compared is not equal: 1.00 GB (cpu), 1.10 GB (same), 1.20 GB (link)"
     assert told(capsys, folder) == [first, alike, memory]
     assert told(capsys, folder, kind="crossovers") == [
         first,
@@ -312,6 +312,13 @@ def test_the_highest_marker_is_whole(tmp_path: Path) -> None:
     figure.draw_without_rendering()
     top, marker = (ax.transData.transform((0, value))[1] for value in (ax.get_ylim()[1], 100.0))
     assert top - marker > 3.5 * figure.dpi / 72, "a marker of 6 points, with its edge"
+
+
+def test_whoever_takes_another_size_of_memory_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {name: 2e9 for name in "abcdef"} | {"small": 5e8}
+    rows = [{"tokens_per_s": 1.0, "gpu_bytes": size} for size in sizes.values() for _ in LINKS]
+    memory = told(capsys, stored(tmp_path, {"system": [*sizes], LINK: LINKS}, rows))[-1]
+    assert memory.endswith(" is not equal: 2.00 GB (a, b, c, d, e and 1 more), 500 MB (small)")
 
 
 def test_words_of_heat_maps_and_fronts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
