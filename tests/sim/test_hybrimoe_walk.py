@@ -55,7 +55,7 @@ def defined_moves(layer: LayerView, order: str, takes: bool) -> list[tuple[str, 
         if gpu:
             head = min(gpu, key=highest if order == "head" else ready)
             offers.append((on_gpu_s(head, there_s.get(head, 0.0)), "gpu", head))
-        if queue := own or {expert for expert in gpu if takes or expert not in there_s}:
+        if queue := own or {expert for expert in gpu if takes or there_s.get(expert, 0.0) <= clock["cpu"]}:
             last = min(queue, key=lowest)
             offers.append((clock["cpu"] + cpu_s(last), "cpu", last))
         if own and not refused:
@@ -83,9 +83,7 @@ def defined_schedule(layer: LayerView, order: str, takes: bool) -> tuple[Assignm
     """The walk's assignment, or that of one device alone where it is quicker."""
     own = assignment_of(defined_moves(layer, order, takes))
     every = sorted([*layer.hits, *layer.late, *layer.misses], key=lambda load: (load[1], load[0]))
-    alone = [split(layer, ())]
-    if takes or not layer.late:
-        alone.append(split(layer, [expert for expert, _ in every]))
+    alone = split(layer, ()), split(layer, [expert for expert, _ in every])
     best = min(alone, key=lambda one: makespan_s(layer, one))
     chosen = best._replace(fallback=True) if makespan_s(layer, best) < makespan_s(layer, own) else own
     return chosen, makespan_s(layer, chosen)

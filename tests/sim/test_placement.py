@@ -72,11 +72,22 @@ def test_the_cpu_takes_a_resident_expert_only_when_that_is_no_later() -> None:
     assert hybrimoe().moves(view({0: 1, 1: 1}, gpu=2, cpu=3, first=1)) == [("gpu", 0, 2), ("gpu", 1, 4)]
 
 
-def test_what_is_in_transfer_is_not_for_the_cpu_unless_asked_for() -> None:
-    """0 and 1 arrive at 4 and 8, when the CPU has long been able to compute either."""
+def test_what_is_in_transfer_is_not_for_the_cpu_until_it_has_come_unless_asked_for() -> None:
+    """0 and 1 arrive at 4 and 8."""
+    layer = view({}, {}, {0: 1, 1: 1}, copy=4, gpu=6, cpu=3, cpu_free_s=4)
+    assert hybrimoe().moves(layer) == [("cpu", 0, 7), ("gpu", 1, 14)]
+    early = layer._replace(cpu_free_s=3.5)
+    assert hybrimoe().moves(early) == [("gpu", 0, 10), ("gpu", 1, 16)]
+    assert hybrimoe(cpu_takes_transfers=True).moves(early) == [("cpu", 0, 6.5), ("cpu", 1, 9.5)]
+
+
+def test_what_is_in_transfer_keeps_nobody_from_using_the_cpu_alone() -> None:
     layer = view({}, {}, {0: 1, 1: 1}, copy=4, cpu=3)
-    assert hybrimoe().place(layer) == Assignment([], [0, 1], [])
-    assert hybrimoe(cpu_takes_transfers=True).place(layer) == Assignment([0, 1], [], [])
+    assert hybrimoe().place(layer) == Assignment([0, 1], [], [], fallback=True)
+    assert hybrimoe().place(layer._replace(arrivals_s=(1, 2))) == Assignment([], [0, 1], [])
+
+
+def test_a_copy_that_the_cpu_makes_useless_is_not_made() -> None:
     demanded = view({}, {0: 3, 1: 3, 2: 3}, gpu=2, cpu=2, copy=1)
     assert hybrimoe().moves(demanded)[-1] == ("gpu", 2, 7)
     taken = hybrimoe(cpu_takes_transfers=True)

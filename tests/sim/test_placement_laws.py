@@ -60,10 +60,7 @@ def test_hybrimoe_is_never_slower_than_one_device_alone(layer: LayerView, order:
     experts = [expert for part in (layer.hits, layer.late, layer.misses) for expert, _ in part]
     placed = hybrimoe(gpu_order=order, cpu_takes_transfers=takes).place(layer)
     assert makespan_s(layer, placed) <= makespan_s(layer, split(layer, ())) + 1e-9
-    if takes or not layer.late:
-        assert makespan_s(layer, placed) <= makespan_s(layer, split(layer, experts)) + 1e-9
-    else:
-        assert not {expert for expert, _ in layer.late}.intersection(placed.cpu)
+    assert makespan_s(layer, placed) <= makespan_s(layer, split(layer, experts)) + 1e-9
 
 
 @settings(max_examples=200)
@@ -71,7 +68,12 @@ def test_hybrimoe_is_never_slower_than_one_device_alone(layer: LayerView, order:
 def test_the_clocks_of_the_walk_are_those_of_its_assignment(layer: LayerView, order: str) -> None:
     moves = hybrimoe(gpu_order=order).moves(layer)
     ends = [move.end_s for move in moves if move.timeline != "link"]
-    assert makespan_s(layer, assignment_of(moves)) == pytest.approx(max([layer.gpu_free_s, *ends]))
+    assignment = assignment_of(moves)
+    end_s = max([layer.gpu_free_s, *ends])
+    if len(assignment.copies) == sum(move.timeline == "link" for move in moves):
+        assert makespan_s(layer, assignment) == pytest.approx(end_s)
+    else:  # a copy that turned out to be useless is not made, and those after it come sooner
+        assert makespan_s(layer, assignment) <= end_s + 1e-9
 
 
 @pytest.mark.parametrize("name", SCHEDULED)

@@ -82,6 +82,16 @@ def test_impact_takes_from_a_gain_the_delay_of_what_is_demanded() -> None:
     assert impact(idle) == [block(1, 1), block(2, 2)]
 
 
+def test_impact_may_count_what_is_demanded_by_the_layers_between() -> None:
+    """The copy takes 3 s, and a router 1 s: the third has not chosen when it ends, but the first waits for 2 s."""
+    view = view_of(0, {}, {}, {1: 1}, makespan_s=three_a_miss, router_s=1.0)
+    assert impact(view) == [block(3, 1)]
+    assert impact(view, delays="nearest") == []
+    assert impact(view._replace(copy_s=1.0), delays="nearest") == [block(3, 1)]
+    with pytest.raises(ValueError, match="delays must be target or nearest, got 'far'"):
+        impact(view, delays="far")
+
+
 def test_impact_wants_nothing_that_costs_what_it_gains() -> None:
     view = view_of(0, {1: 1}, makespan_s=three_a_miss, link_free_s=10.0, router_s=10.0)
     assert impact(view) == []

@@ -31,8 +31,8 @@ class HybriMoe(Scheduled):
     queue, which joins the GPU's by load. Source: Zhong et al., *HybriMoE* (arXiv 2504.05897), section IV-B.
 
     Chosen here, where the paper is silent. Ties go GPU, CPU, link; equal loads by the lowest id. An expert in transfer,
-    whether demanded or prefetched, is not for the CPU (option ``cpu_takes_transfers``: it is, and a demanded copy is
-    then not made). The GPU waits for the head of its queue (option ``gpu_order`` = "ready-first": it takes the highest
+    whether demanded or prefetched, is not for the CPU until it has come (option ``cpu_takes_transfers``: it is at once);
+    a demanded copy that the CPU makes useless is not made. The GPU waits for the head of its queue (option ``gpu_order`` = "ready-first": it takes the highest
     load that is there, or else what comes first). A transfer is begun only if the GPU could end with it before the CPU
     would end with all that is left in its queue, and once refused none is begun in that layer. (The CPU needs no such
     guard: what it takes from the GPU's queue it ends before the GPU ends anything more.) Where one device alone is
@@ -50,7 +50,7 @@ class HybriMoe(Scheduled):
     def schedule(self, view: LayerView) -> tuple[Assignment, float]:
         walk = self._walk(view)
         own = assignment_of(walk.run())
-        own_s = makespan_s(view, own) if self.options["cpu_takes_transfers"] else walk.end_s
+        own_s = walk.end_s if walk.copies == len(own.copies) else makespan_s(view, own)
         gpu_s, cpu_s = walk.gpu_alone_s(view), walk.cpu_alone_s(view)
         if own_s <= min(gpu_s, cpu_s):
             return own, own_s
@@ -91,11 +91,11 @@ class _Walk:
         self._copy_s, self._in_order, self._takes_transfers = view.copy_s, in_order, takes_transfers
         self._gpu_now_s, self._cpu_now_s, self._link_now_s = view.gpu_free_s, view.cpu_free_s, view.link_free_s
         self._there_s = {expert: s for (expert, _), s in zip(view.late, view.arrivals_s, strict=True)}
+        self._late = len(self._there_s)
         here = [*view.hits, *view.late]
         self._on_gpu = sorted([(-tokens, expert) for expert, tokens in here])  # the GPU's queue, from its head on
         self._on_cpu = sorted([(tokens, expert) for expert, tokens in view.misses])  # the CPU's, likewise
-        takes = here if takes_transfers else view.hits
-        self._spare = sorted([(tokens, expert) for expert, tokens in takes])  # of the GPU's, what the CPU may take
+        self._spare = sorted([(tokens, expert) for expert, tokens in here])  # the same, lowest loads first
         loads = {tokens for part in (here, view.misses) for _, tokens in part}
         self._gpu_s = {tokens: view.gpu_expert_s(tokens) for tokens in loads}
         self._cpu_s = {tokens: view.cpu_expert_s(tokens, False) for tokens in loads}
@@ -111,6 +111,11 @@ class _Walk:
     def end_s(self) -> float:
         """When GPU and CPU have ended what they took so far."""
         return max(self._gpu_now_s, self._cpu_now_s)
+
+    @property
+    def copies(self) -> int:
+        """Experts that the link brought so far."""
+        return len(self._there_s) - self._late
 
     def run(self) -> list[tuple[str, int, float]]:
         """Takes operation after operation, until nothing is left."""
@@ -144,9 +149,7 @@ class _Walk:
         return max(now_s, view.cpu_free_s)
 
     def cpu_alone_s(self, view: LayerView) -> float:
-        """When the CPU would end all of ``view``; never, where something is in transfer that it may not take."""
-        if view.late and not self._takes_transfers:
-            return inf
+        """When the CPU would end all of ``view``, without a thought of what is in transfer."""
         now_s, seconds = view.cpu_free_s, self._first_s
         for tokens, _ in _lowest_first(view):
             now_s, seconds = now_s + seconds[tokens], self._cpu_s
@@ -191,8 +194,7 @@ class _Walk:
         self._link_now_s = self._there_s[expert] = end_s
         self._moves.append((LINK, expert, end_s))
         insort(self._on_gpu, (-most, expert))
-        if self._takes_transfers:
-            insort(self._spare, (most, expert))
+        insort(self._spare, (most, expert))
         self._look()
 
     def _pays(self, tokens: int, there_s: float) -> bool:
@@ -203,17 +205,27 @@ class _Walk:
         return max(self._gpu_now_s, there_s) + self._gpu_s[tokens] < self._cpu_now_s + extra_s + left_s
 
     def _help(self) -> None:
-        """With its own queue done, the CPU takes the lowest load of the GPU's, if it would end before the GPU."""
-        spare = self._spare
-        while spare and spare[0][1] in self._computed:
-            del spare[0]
-        if spare:
-            tokens, expert = spare[0]
+        """With its own queue done, the CPU takes the lowest load of the GPU's that is there when it is free, if it
+        would end before the GPU."""
+        place = self._landed()
+        if place is not None:
+            tokens, expert = self._spare[place]
             end_s = self._cpu_now_s + (self._first_s if self._cpu_idle else self._cpu_s)[tokens]
             if end_s < self._gpu_end_s:
-                del spare[0]
+                del self._spare[place]
                 del self._on_gpu[bisect_left(self._on_gpu, (-tokens, expert))]
                 self._take(expert, end_s)
                 self._look()
                 return
         self._compute()
+
+    def _landed(self) -> int | None:
+        """The place of the first spare expert that the CPU may take."""
+        spare, computed = self._spare, self._computed
+        while spare and spare[0][1] in computed:
+            del spare[0]
+        for place, (_, expert) in enumerate(spare):
+            is_there = self._takes_transfers or self._there_s.get(expert, 0.0) <= self._cpu_now_s
+            if is_there and expert not in computed:
+                return place
+        return None

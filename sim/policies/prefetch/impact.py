@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from math import inf
 from typing import Any, ClassVar, TypeAlias
 
 from sim.policies.base import PolicyContext, PrefetchPolicy, PrefetchView, check_depth
@@ -34,7 +35,8 @@ class Impact(PrefetchPolicy):
 
     Chosen here, where the paper is silent: the discount and ``most``; and that from a gain is taken by how much the
     copy would outlast the time until that layer's router has chosen, when demanded copies want the link: nothing, where
-    the link would be idle until then. Ties go to the nearer layer, to more tokens, to the lower expert. In a layer with
+    the link would be idle until then. (Option ``delays`` = "nearest": until the first router after the copy's start has
+    chosen, as if every layer between had copies to demand; "target" prefetches more, which pays on slow links.) Ties go to the nearer layer, to more tokens, to the lower expert. In a layer with
     many different loads, as a prompt's, only the ``tried`` largest are weighed: with more tokens an expert gains no
     less, as a rule.
     """
@@ -42,7 +44,7 @@ class Impact(PrefetchPolicy):
     name: ClassVar[str] = "impact"
     needs: ClassVar[frozenset[str]] = frozenset({"lookahead"})
     weighs_time: ClassVar[bool] = True
-    defaults: ClassVar[Mapping[str, Any]] = {"depth": 3, "most": 2, "tried": 4, "discount": 1.0}
+    defaults: ClassVar[Mapping[str, Any]] = {"depth": 3, "most": 2, "tried": 4, "discount": 1.0, "delays": "target"}
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
@@ -51,6 +53,8 @@ class Impact(PrefetchPolicy):
         check_count("tried", self.options["tried"], least=1)
         if not 0 <= self.options["discount"] <= MOST_DISCOUNT:
             raise ValueError(f"discount must be from 0 to {MOST_DISCOUNT}, got {self.options['discount']}")
+        if self.options["delays"] not in ("target", "nearest"):
+            raise ValueError(f"delays must be target or nearest, got {self.options['delays']!r}")
         self._chosen = lru_cache(maxsize=CASES)(self._choose)
 
     def candidates(self, view: PrefetchView) -> Sequence[int]:
@@ -93,8 +97,10 @@ class Impact(PrefetchPolicy):
         for number in range(1, self.options["most"] + 1):
             copied_s = link_free_s + number * copy_s
             best_s, pick = ROUNDING_S, None
+            first = self._first_router(copied_s - copy_s, router_s)
             for place, (gain_s, _) in enumerate(gains):
-                worth_s = gain_s / (place + 1) ** self.options["discount"] - max(0.0, copied_s - (place + 1) * router_s)
+                delay_s = max(0.0, copied_s - min(place + 1, first) * router_s)
+                worth_s = gain_s / (place + 1) ** self.options["discount"] - delay_s
                 if worth_s > best_s:
                     best_s, pick = worth_s, place
             if pick is None:
@@ -104,6 +110,10 @@ class Impact(PrefetchPolicy):
                 layers[pick] = _moved(*layers[pick], gains[pick][1])
                 gains[pick] = self._best(makespan_s, *layers[pick])
         return picks
+
+    def _first_router(self, start_s: float, router_s: float) -> float:
+        """Which of the routers ahead, from 1, is the first that a copy from ``start_s`` on may delay, by ``delays``."""
+        return 1 + start_s // router_s if self.options["delays"] == "nearest" and router_s else inf
 
     def _best(self, makespan_s: Makespan, here: Loads, missing: Loads) -> tuple[float, int]:
         """The largest gain of one more expert that is there, and its tokens."""
