@@ -31,12 +31,13 @@ class HybriMoe(Scheduled):
     queue, which joins the GPU's by load. Source: Zhong et al., *HybriMoE* (arXiv 2504.05897), section IV-B.
 
     Chosen here, where the paper is silent. Ties go GPU, CPU, link; equal loads by the lowest id. An expert in transfer,
-    whether demanded or prefetched, is not for the CPU until it has come (option ``cpu_takes_transfers``: it is at once);
-    a demanded copy that the CPU makes useless is not made. The GPU waits for the head of its queue (option ``gpu_order`` = "ready-first": it takes the highest
-    load that is there, or else what comes first). A transfer is begun only if the GPU could end with it before the CPU
-    would end with all that is left in its queue, and once refused none is begun in that layer. (The CPU needs no such
-    guard: what it takes from the GPU's queue it ends before the GPU ends anything more.) Where one device alone is
-    quicker than the walk, that is used, and told as ``fallback``.
+    whether demanded or prefetched, is not for the CPU until it has come (option ``cpu_takes_transfers``: it is at
+    once); a demanded copy that the CPU makes useless is not made. The GPU waits for the head of its queue (option
+    ``gpu_order`` = "ready-first": it takes the highest load that is there, or else what comes first). A transfer is
+    begun only if the GPU could end with it before the CPU would end with all that is left in its queue, and once
+    refused none is begun in that layer. (The CPU needs no such guard: what it takes from the GPU's queue it ends before
+    the GPU ends anything more.) Where one device alone is quicker than the walk, that is used, and told as
+    ``fallback``; the CPU alone then takes what is in transfer, too.
     """
 
     name: ClassVar[str] = "hybrimoe"
