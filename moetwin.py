@@ -11,6 +11,7 @@ try:
     import os
     import platform
     import re
+    import signal
     from collections.abc import Iterator
     from contextlib import contextmanager
     from dataclasses import dataclass, field
@@ -287,7 +288,8 @@ def _root(
 
 
 def main() -> None:
-    """The console script. Exits with 0, 2 (a mistake in the input) or 130 (interrupted)."""
+    """The console script. Exits with 0, 2 (a mistake in the input) or 130 (interrupted, or asked to end)."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half-written, and workers, go as on Ctrl-C
     try:
         app(prog_name="moetwin")
     finally:

@@ -62,7 +62,7 @@ def run_command(
     jobs: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Processes that run points.", show_default="one a core")
     ] = None,
-    backend: Annotated[str, typer.Option(help="processes, or dask (the extra moetwin[cluster]).")] = "processes",
+    backend: Annotated[str, typer.Option(help="processes, or dask (the extra moetwin\\[cluster]).")] = "processes",
     scheduler: Annotated[
         str | None,
         typer.Option(help="Address of a Dask scheduler, as tcp://HOST:8786.", show_default="one made for the sweep"),

@@ -46,4 +46,4 @@ def write_figure(figure: Figure, path: Path) -> None:
     from analysis.style import PAPER
 
     with whole_file(path) as draft:
-        figure.savefig(draft, dpi=160, facecolor=PAPER)
+        figure.savefig(draft, format=path.suffix[1:], dpi=160, facecolor=PAPER)

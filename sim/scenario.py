@@ -125,7 +125,7 @@ class Scenario(BaseModel):
     def _calibration(self, judged: Trace) -> Any:
         if self.calibration is None:
             return None
-        from sim.replay.calibration import TraceCalibration  # numba is imported with it
+        from sim.replay.calibration import TraceCalibration
 
         return TraceCalibration.of(_read_trace(self.calibration, "calibration")[0], judged, self.batch)
 

@@ -34,7 +34,7 @@ def whole_file(path: Path, field: str = "out") -> Iterator[Path]:
     """Gives a name beside ``path`` to write under, which becomes ``path`` when the block ends well: a file is there
     complete or not at all. Its folder is made when missing. An OSError in the block becomes :class:`InputError`.
     """
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield draft

@@ -19,6 +19,9 @@ BACKENDS = ("processes", "dask")
 PATIENCE_S = 5
 """How long a scheduler may take to answer."""
 
+IDLE_S = 20
+"""How long a process waits for another point, so that it does not outlive a sweep that was killed for long."""
+
 SILENCE_S, WORKERS_S = 3, 60
 """How long a scheduler may be without workers until that is told, and until it is given up."""
 
@@ -59,7 +62,8 @@ def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     from joblib import Parallel, delayed
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="2 * n_jobs")
+    handing_out = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": "2 * n_jobs"}
+    parallel = Parallel(n_jobs=jobs, idle_worker_timeout=IDLE_S, **handing_out)
     with _children_spared():
         begun = parallel(delayed(run_point)(task) for task in tasks)
     try:

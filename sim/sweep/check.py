@@ -18,6 +18,7 @@ from sim.systems import KINDS, SystemSpec, parse_capacity
 from sim.target import model_for, parse_bytes
 from traces.batching import BatchSpec
 from traces.errors import InputError
+from traces.schedule import by_sequence
 
 ANY_EXPERTS = 10**9
 """A pool that every number of slots fits: whether it fits the model is for a run to find."""
@@ -40,18 +41,19 @@ def check_values(scenarios: Iterable[Scenario]) -> None:
 def _looks(one: Scenario) -> list[tuple[Hashable, Callable[[], Any]]]:
     """What is to be looked at, each with what tells it from others of the same kind."""
     looks: list[tuple[Hashable, Callable[[], Any]]] = [
-        (("trace", one.trace), lambda: trace_of(one.trace)),
+        (("trace", one.trace), partial(trace_of, one.trace)),
         (("model", one.trace, one.model, one.quant, *one.model_set.items()), lambda: _model(one)),
         (("hardware", one.hardware, *one.hardware_set.items()), lambda: _hardware(one)),
-        (("arrivals", one.arrivals, one.rate_per_s), lambda: _arrivals(one)),
+        (("arrivals", one.trace, one.arrivals, one.rate_per_s), lambda: _arrivals(one)),
         (("system", one.system.system.model_dump_json()), lambda: _check_constants(one.system.system)),
     ]
     given: dict[str, Callable[[Any], Any]] = {
-        "calibration": trace_of,
+        "calibration": partial(trace_of, field="calibration"),
         "compute_table": ComputeTable.load,
         "profile": Profile.load,
         "cache": lambda text: parse_capacity(text, layers=1, experts=ANY_EXPERTS),
         "gpu_memory": lambda text: parse_bytes(text, "gpu-memory"),
+        "host_memory": lambda text: parse_bytes(text, "host-memory"),
         "lookahead_recall": _check_share,
     }
     for field, look in given.items():
@@ -76,7 +78,8 @@ def _check_share(recall: float) -> None:
 
 
 def _arrivals(one: Scenario) -> None:
-    BatchSpec.of(**{field: getattr(one, field) for field in BatchSpec.model_fields}).arrivals_for(1)
+    spec = BatchSpec.of(**{field: getattr(one, field) for field in BatchSpec.model_fields})
+    spec.arrivals_for(len(by_sequence(trace_of(one.trace)).starts))
 
 
 class _Nothing:

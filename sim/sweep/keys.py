@@ -51,9 +51,12 @@ def code_version() -> str:
     return sha.hexdigest()
 
 
-def trace_of(name: str) -> Trace:
-    """The trace of that name, read and hashed once as long as its file does not change."""
-    path = find_trace(name)
+def trace_of(name: str, field: str = "trace") -> Trace:
+    """The trace of that name, read and hashed once as long as its file does not change.
+
+    Raises :class:`traces.errors.InputError`, which speaks of ``field``, when there is none.
+    """
+    path = find_trace(name, field)
     return _trace(path, _changed(path)) if path.exists() else load(path)
 
 
@@ -71,7 +74,7 @@ def _content(field: str, value: Any) -> Any:
     if value is None:
         return None
     if field in ("trace", "calibration"):
-        trace = trace_of(value)
+        trace = trace_of(value, field)
         return [trace.digest, trace.header.model_dump(mode="json")]
     if field == "model":
         return catalogue.find_model(value).model_dump(mode="json")

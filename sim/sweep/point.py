@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -50,30 +51,50 @@ class Outcome:
 
 
 def run_point(task: Task) -> Outcome:
-    """Runs a task, without the long tables; never raises, but when the process is interrupted."""
+    """Runs a task, without the long tables; never raises, but when the process is interrupted.
+
+    It is refused for what it says, and not for files that are missing or others where it runs: it then has failed.
+    """
     begun_s = perf_counter()
     try:
-        if key_of(task.scenario) != task.key:
-            raise _OtherContentError
-        prepared = prepared_of(task.scenario)
-        run = prepared.run(events=False, operations=False)
+        _check_content(task)
+        outcome = _ran(task)
     except InputError as error:
-        return Outcome(task.key, "refused", " ".join(str(error).split()), seconds=perf_counter() - begun_s)
+        outcome = _stopped(task, error)
     except Exception as error:
-        return Outcome(task.key, "failed", _told(error), seconds=perf_counter() - begun_s)
-    figures = {**figures_of(run, prepared), **regret_of(run, _bounds(task.scenario, prepared))}
+        outcome = Outcome(task.key, "failed", _told(error))
+    return replace(outcome, seconds=perf_counter() - begun_s)
+
+
+def _ran(task: Task) -> Outcome:
+    prepared = prepared_of(task.scenario)
+    run = prepared.run(events=False, operations=False)
     (seconds,), tokens = decode_by_group([run])
     return Outcome(
         task.key,
         "ok",
-        figures=figures,
+        figures={**figures_of(run, prepared), **regret_of(run, _bounds(task.scenario, prepared))},
         decode_s_by_group=seconds.tolist(),
         decode_tokens_by_group=tokens.tolist(),
         notes="; ".join(run.info.notes),
         role=task.scenario.system.role,
         synthetic=run.info.synthetic,
-        seconds=perf_counter() - begun_s,
     )
+
+
+def _stopped(task: Task, error: InputError) -> Outcome:
+    """What became of a task that met with ``error``: refused, if its files still are those that it was made of."""
+    try:
+        _check_content(task)
+    except (InputError, _OtherContentError) as fault:
+        return Outcome(task.key, "failed", " ".join(str(fault).split()))
+    return Outcome(task.key, "refused", " ".join(str(error).split()))
+
+
+def _check_content(task: Task) -> None:
+    """Raises where the files and the code are not those that the task was made of."""
+    if key_of(task.scenario) != task.key:
+        raise _OtherContentError
 
 
 ROUTED = ("trace", "batch", "batching", "prefill_chunk", "arrivals", "rate_per_s")
@@ -82,6 +103,8 @@ ROUTED = ("trace", "batch", "batching", "prefill_chunk", "arrivals", "rate_per_s
 _DEMANDS: dict[tuple[str, int], Demand] = {}
 """What this process has had to do before, latest last: points that differ in policies or machine share it."""
 MOST_DEMANDS = 8
+_DEMANDS_LOCK = threading.Lock()
+"""A worker of Dask runs points in several threads."""
 
 
 def _bounds(scenario: Scenario, prepared: Prepared) -> Bounds | None:
@@ -89,10 +112,14 @@ def _bounds(scenario: Scenario, prepared: Prepared) -> Bounds | None:
     if prepared.workload is None:
         return None
     key = key_of(Scenario(**{field: getattr(scenario, field) for field in ROUTED})), prepared.slots
-    demand = _DEMANDS.pop(key, None) or demand_of(prepared.plan, prepared.slots)
-    _DEMANDS[key] = demand
-    if len(_DEMANDS) > MOST_DEMANDS:
-        del _DEMANDS[next(iter(_DEMANDS))]
+    with _DEMANDS_LOCK:
+        demand = _DEMANDS.get(key)
+    demand = demand or demand_of(prepared.plan, prepared.slots)
+    with _DEMANDS_LOCK:
+        _DEMANDS.pop(key, None)
+        _DEMANDS[key] = demand
+        while len(_DEMANDS) > MOST_DEMANDS:
+            del _DEMANDS[next(iter(_DEMANDS))]
     return lower_bound(prepared, demand)
 
 

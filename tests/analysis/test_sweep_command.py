@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +16,7 @@ from sim.sweep.grid import Grid
 from sim.sweep.point import prepared_of
 from sim.sweep.run import Sweep
 from tests.commanding import refused, run
-from tests.sim.sweeping import write_trace
+from tests.sim.sweeping import COUNTING, write_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = """
@@ -53,6 +57,36 @@ def test_a_grid_is_run_told_and_plotted() -> None:
     assert drawn.exit_code == 0, drawn.output
     assert drawn.stdout.splitlines()[-2:] == ["left out: 2 points that did not run", "out: s.png"]
     assert Path("s.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_end_keeps_what_is_done_and_leaves_no_process() -> None:
+    Path("own.py").write_text(COUNTING)
+    slow = '"system.evict" = "own.py:Counting"\n"system.options.evict.pause_s" = 0.3\n'
+    Path("slow.toml").write_text(GRID.replace("\n[axes]", slow + "\n[axes]\nseed = [1, 2, 3, 4, 5, 6]"))
+    words = [sys.executable, "-m", "moetwin", "sweep", "slow.toml", "--jobs", "2", "--out", "s"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len([*Path("s").glob("points/*.json")]) < 3:
+        assert process.poll() is None, "it ended before it could be asked to"
+        time.sleep(0.005)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told.splitlines()[-1]) == (130, "error: interrupted")
+    assert 2 <= len(pd.read_parquet("s/sweep.parquet")) < 24
+    for _ in range(600):
+        if is_gone(process.pid):
+            return
+        time.sleep(0.05)
+    pytest.fail("a process of the sweep lives on")
+
+
+def is_gone(group: int) -> bool:
+    """Whether no process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize(

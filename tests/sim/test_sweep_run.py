@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from sim.bounds import lower_bound
 from sim.results import ResultError
 from sim.sweep import point, store
 from sim.sweep.point import Outcome, Task, prepared_of, run_point
+from sim.sweep.run import Sweep
 from sim.sweep.store import opened
 from tests.sim.sweeping import COUNTING, LINKS, SIZES, Seen, grid, untimed, write_trace
 from traces.errors import InputError
@@ -65,8 +68,6 @@ def test_rows_are_runs_in_the_order_of_the_grid(tmp_path: Path) -> None:
 
 
 def _scenario(wanted: Any, place: int) -> Any:
-    from sim.sweep.run import Sweep
-
     return Sweep.of(wanted).scenarios[place]
 
 
@@ -95,6 +96,9 @@ def test_points_share_what_their_bounds_are_told_from(tmp_path: Path, monkeypatc
     assert len(set(made)) == len(made) == 2, "one under the limit and one without"
     sweep(tmp_path, {"batch": [1, 2], "cache": [2, 4]}, out="more", lookahead_recall=0.8)
     assert len(made) == 2 + 4
+    axes = {"batching": ["lock-step", "continuous"], "prefill_chunk": [0, 1]}
+    sweep(tmp_path, axes, out="orders", lookahead_recall=0.8, batch=2)
+    assert len(made) == 2 + 4 + 4
     monkeypatch.setattr(point, "MOST_DEMANDS", 1)
     monkeypatch.setattr(point, "_DEMANDS", {})
     made.clear()
@@ -242,6 +246,54 @@ def test_what_changes_while_the_sweep_runs_is_not_taken(tmp_path: Path) -> None:
     outcome = run_point(Task("0" * 40, _scenario(wanted, 0)))
     assert outcome.status == "failed"
     assert "have changed since the sweep began" in outcome.reason
+
+
+@pytest.mark.parametrize("before", ["key_of", "prepared_of", "figures_of"])
+@pytest.mark.parametrize(("field", "missing"), [("trace", "t.safetensors"), ("calibration", "other.safetensors")])
+def test_a_file_that_is_missing_where_a_point_runs_refuses_nothing_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, missing: str, before: str
+) -> None:
+    write_trace(tmp_path, "other.safetensors", seed=5)
+    wanted = grid(tmp_path, {"seed": [1]}, calibration="other.safetensors")
+    task, called = Task(Sweep.of(wanted).keys[0], _scenario(wanted, 0)), getattr(point, before)
+
+    def without(*args: Any) -> Any:
+        (tmp_path / missing).replace(tmp_path / "hidden")
+        monkeypatch.undo()
+        return called(*args)
+
+    monkeypatch.setattr(point, before, without)
+    outcome = run_point(task)
+    if (field, before) == ("calibration", "figures_of"):  # it has served by then
+        assert outcome.status == "ok"
+    else:
+        assert outcome.status == "failed"
+        assert outcome.reason.startswith(f"{field} must be an existing file, got ")
+    (tmp_path / "hidden").replace(tmp_path / missing)
+    assert run_point(task).status == "ok"
+
+
+@pytest.mark.parametrize("name", ["figures_of", "regret_of", "_bounds", "decode_by_group"])
+def test_a_point_never_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def broken(*args: Any) -> Any:
+        raise KeyError("no way")
+
+    wanted = grid(tmp_path, {"seed": [1]})
+    monkeypatch.setattr(point, name, broken)
+    outcome = run_point(Task(Sweep.of(wanted).keys[0], _scenario(wanted, 0)))
+    assert outcome.status == "failed"
+    assert outcome.reason.startswith("KeyError: 'no way' (test_sweep_run.py, line ")
+    assert outcome.seconds > 0
+
+
+def test_points_of_several_threads_share_demands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(point, "_DEMANDS", {})
+    monkeypatch.setattr(point, "MOST_DEMANDS", 1)
+    sweep_of = Sweep.of(grid(tmp_path, {"cache": [2, 4, 8], "batch": [1, 2]}))
+    tasks = [Task(key, one) for key, one in zip(sweep_of.keys, sweep_of.scenarios, strict=True)]
+    expected = [replace(run_point(task), seconds=0.0) for task in tasks]
+    with ThreadPoolExecutor(4) as pool:
+        assert [replace(one, seconds=0.0) for one in pool.map(run_point, tasks * 2)] == expected * 2
 
 
 def test_a_failure_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

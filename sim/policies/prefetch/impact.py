@@ -36,9 +36,9 @@ class Impact(PrefetchPolicy):
     Chosen here, where the paper is silent: the discount and ``most``; and that from a gain is taken by how much the
     copy would outlast the time until that layer's router has chosen, when demanded copies want the link: nothing, where
     the link would be idle until then. (Option ``delays`` = "nearest": until the first router after the copy's start has
-    chosen, as if every layer between had copies to demand; "target" prefetches more, which pays on slow links.) Ties go to the nearer layer, to more tokens, to the lower expert. In a layer with
-    many different loads, as a prompt's, only the ``tried`` largest are weighed: with more tokens an expert gains no
-    less, as a rule.
+    chosen, as if every layer between had copies to demand; "target" prefetches more, which pays on slow links.) Ties
+    go to the nearer layer, to more tokens, to the lower expert. In a layer with many different loads, as a prompt's,
+    only the ``tried`` largest are weighed: with more tokens an expert gains no less, as a rule.
     """
 
     name: ClassVar[str] = "impact"
