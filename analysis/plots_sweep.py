@@ -275,7 +275,7 @@ def point_name(view: Shown, place: int) -> str:
 
 
 def _told(axis: Axis, value: Any) -> str:
-    return value if isinstance(value, str) else axis.told(float(value))
+    return value if isinstance(value, str) else hue_label(axis, value)
 
 
 def _name(figure: Figure, view: Shown, doubts: Sequence[str] = ()) -> None:

@@ -127,8 +127,6 @@ def plot(folder: Path, view: View, *, out: Path | None, as_json: bool, force: bo
     synthetic = [picture.table.origin] if picture.table.frame.synthetic.any() else []
     for line in (*words, *synthetic, *_notes(picture.table.frame.notes)):
         console.print(line, markup=False, soft_wrap=True)
-    if picture.table.left_out:
-        console.print(f"left out: {picture.table.left_out:,} points that did not run")
     if out is not None:
         console.print(f"out: {out}", markup=False, soft_wrap=True)
 
@@ -173,13 +171,19 @@ def _heatmap(picture: Shown, draw: bool) -> Picture:
 
 
 def _doubts(picture: Shown, stretches: Sequence[Lead]) -> list[str]:
-    """Who cannot be told from whom, of those that the words and the picture call the best; and what makes them fair."""
-    return [*_spread(picture, stretches), *_fairness(picture)]
+    """Who cannot be told from whom, of those that the words and the picture call the best; what makes them fair; and
+    what a line of several seeds is."""
+    free = {axis.name for axis in picture.table.free()} - {axis.name for axis in _axes(picture)}
+    banded = picture.kind in ("lines", "crossovers") and "seed" in free
+    bands = ["lines are means over seeds, bands go from the least to the most"] if banded else []
+    return [*_spread(picture, stretches), *bands, *_fairness(picture)]
 
 
 def _fairness(picture: Shown) -> list[str]:
     memory = [] if MEMORY in (picture.value, picture.x.name) else told_of_memory(picture)
-    return [*memory, *told_outside(picture.table.frame)]
+    left_out = picture.table.left_out
+    missing = [f"left out: {left_out:,} points that did not run"] if left_out else []
+    return [*memory, *told_outside(picture.table.frame), *missing]
 
 
 def _spread(picture: Shown, stretches: Sequence[Lead]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -22,9 +23,15 @@ def told_outside(table: pd.DataFrame) -> list[str]:
     columns = [name for name in table if name == "system" or str(name).startswith("system.")]
     found = []
     for role, rows in outside.groupby("role", sort=False):
-        names = [" ".join(map(str, row)) for row in rows[columns].drop_duplicates().itertuples(index=False)]
+        names = [_named(row) for row in rows[columns].drop_duplicates().to_dict("records")]
         found.append(outside_label(few(names) if columns else "all points", str(role)))
     return [f"outside the comparison: {', '.join(found)}"]
+
+
+def _named(row: Mapping[Hashable, Any]) -> str:
+    """A system by its name and its settings, each with what it sets."""
+    fields = {str(column).removeprefix("system.").removeprefix("options."): value for column, value in row.items()}
+    return " ".join(str(value) if field == "system" else f"{field} {value}" for field, value in fields.items())
 
 
 def told_of_memory(picture: Shown) -> list[str]:

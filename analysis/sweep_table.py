@@ -42,7 +42,9 @@ UNITS = {
     "_bits": "bits",
     "_s": "s",
 }
-OWN_UNITS = {"batch": "sequences", "context": "tokens", "gpu_memory": "GiB"}
+OWN_UNITS = {"batch": "sequences", "context": "tokens", "prefill_chunk": "tokens"}
+SIZES = ("gpu_memory", "host_memory")
+"""Axes of sizes, shown in the unit in which they all are given, else in GiB."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ def _numbers(name: str, values: Sequence[Any]) -> tuple[tuple[float, ...] | None
     texts = [str(value) for value in values]
     if all(re.fullmatch(r"[0-9.]+%", text) for text in texts):
         return tuple(float(text[:-1]) for text in texts), "% of the experts" if name == "cache" else "%"
-    if name == "gpu_memory":
-        return tuple(parse_bytes(text, name) / 2**30 for text in texts), "GiB"
+    if name in SIZES:
+        units = {re.sub(r"[0-9.\s]", "", text) for text in texts}
+        unit = units.pop() if len(units) == 1 else "GiB"
+        return tuple(parse_bytes(text, name) / parse_bytes(f"1{unit}", name) for text in texts), unit or "bytes"
     return None, ""
 
 

@@ -27,6 +27,8 @@ from traces.errors import InputError
         ("cache", [8, 4], (8.0, 4.0), "cache (slots a layer)"),
         ("cache", ["8", "25%"], None, "cache"),
         ("gpu_memory", ["8GiB", "512MiB"], (8.0, 0.5), "gpu memory (GiB)"),
+        ("gpu_memory", ["24MB", "32 MB"], (24.0, 32.0), "gpu memory (MB)"),
+        ("host_memory", ["1048576", "2097152"], (1048576.0, 2097152.0), "host memory (bytes)"),
         ("batch", [1, 8], (1.0, 8.0), "batch (sequences)"),
         ("system.options.prefetch.depth", [1, 2], (1.0, 2.0), "prefetch.depth"),
         ("system.write_back", [True, False], None, "system.write back"),
@@ -239,7 +241,9 @@ def test_words_of_lines_and_crossovers(tmp_path: Path, capsys: pytest.CaptureFix
     ]
     rows = [{"stall_share": share, "tokens_per_s": 1.0} for share in (0.2, 0.4, 0.1, 0.7)]
     seeds = stored(tmp_path / "seeds", {"cache": [4, 8], "seed": [0, 1]}, rows)
-    assert told(capsys, seeds, value="stall_share") == ["lowest stall share: 30.0% at cache 4", not_sure]
+    bands = "lines are means over seeds, bands go from the least to the most"
+    assert told(capsys, seeds, value="stall_share") == ["lowest stall share: 30.0% at cache 4", not_sure, bands]
+    assert bands in lines(view(seeds, value="stall_share"), (), [bands]).get_suptitle()
     assert told(capsys, folder, where=("system=link",)) == [
         f"highest decode rate: 16.0 tokens/s at {LINK} 32",
         "GPU memory of what is compared: 1.20 GB",

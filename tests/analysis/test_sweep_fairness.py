@@ -94,7 +94,7 @@ def test_a_setting_that_changes_the_outputs_takes_its_points_out(tmp_path: Path,
     folder = stored(tmp_path, {"system.options.place.defer": [0, 1, 2]}, rows)
     assert told(capsys, folder) == [
         "highest decode rate: 1.00 tokens/s at system.options.place.defer 0",
-        "outside the comparison: 1, 2 (computes something else)",
+        "outside the comparison: place.defer 1, place.defer 2 (computes something else)",
     ]
     (ax,) = lines(view(folder)).axes
     assert [[*line.get_ydata()] for line in ax.lines][1][1:] == [2.0, 3.0]
