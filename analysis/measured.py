@@ -193,7 +193,7 @@ class Twin:
         from sim.run import simulate  # simpy is imported with it
 
         spec = self.profile.model
-        expert_bytes = info.capacity_bytes // max(info.capacity_slots, 1)
+        expert_bytes = info.bytes_of_expert
         if expert_bytes and expert_bytes != spec.expert_bytes:
             raise InputError(
                 f"profile must be measured with experts of {expert_bytes:,} bytes as in the run, got "

@@ -198,10 +198,10 @@ def needed_bytes(run: RunResult, trace: Trace | None) -> float:
     """
     if trace is None:
         return math.nan
-    if not run.info.capacity_slots:
+    size_bytes = run.info.bytes_of_expert
+    if not size_bytes:
         return float(sum(trace.header.expert_bytes) * trace.header.experts)
-    size_bytes = run.info.capacity_bytes / run.info.capacity_slots
-    return size_bytes * trace.header.layers * trace.header.experts
+    return float(size_bytes * trace.header.layers * trace.header.experts)
 
 
 def _badge(decisions: Decisions) -> tuple[str, str]:

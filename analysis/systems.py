@@ -143,7 +143,7 @@ def _gpu_bytes(run: RunResult) -> int:
     info = run.info
     if info.memory:
         return sum(size for name, size in info.memory.items() if name.endswith("_bytes"))
-    return info.capacity_bytes + info.staging_slots * (info.capacity_bytes // max(info.capacity_slots, 1))
+    return info.capacity_bytes + info.staging_slots * info.bytes_of_expert
 
 
 def _moved(run: RunResult, decode: pd.DataFrame) -> tuple[float, float]:

@@ -111,7 +111,7 @@ def _memory(records: Sequence[dict[str, Any]]) -> str:
         return ""
     experts, size = given[0]["resident_experts"], given[0]["gpu_bytes"]
     others = [
-        f"{one['system']} holds {one['resident_experts']:,}"
+        f"{one['system']} holds {format(one['resident_experts'], ',') if one['resident_experts'] else 'none'}"
         + (f" in {text.binary_bytes(one['gpu_bytes'])}" if one["resident_experts"] == experts else "")
         for one in records
         if (one["resident_experts"], one["gpu_bytes"]) != (experts, size)

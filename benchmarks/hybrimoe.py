@@ -1,14 +1,16 @@
 """HybriMoE against KTransformers: the published speed-ups beside simulated ones, and what they hang on.
 
-    python -m benchmarks.hybrimoe [--sequences 4] [--jobs 2] [--out analysis/results/published/hybrimoe.json]
+    python -m benchmarks.hybrimoe [--sequences 6] [--jobs 2] [--out analysis/results/published/hybrimoe.json]
+        [--page docs/hybrimoe.md]
 
 The paper's three models in 4 bits, at 25, 50 and 75 % of their experts, on its machine (an A6000 and ten cores of a
 Xeon 5220R). No routing of these models is public: it is generated in the manner of `mixed`, the recording that ships,
 at their dimensions (`moetwin trace like`), and so every figure here is synthetic. KTransformers' set is fitted on other
-sequences of the same routing. Decode is the ratio of tokens a second after prompts of 32 tokens; prefill that of the
+sequences of the same domains. Decode is the ratio of tokens a second after prompts of 32 tokens; prefill that of the
 time to first token, over prompts of 32, 128, 512 and 1,024 tokens. Constants that the paper does not state, of the
 machine and of the method, are varied one at a time, and the rule for one layer is held against the best assignment, on
-machines at random (:mod:`benchmarks.placements`). Last, the CPU is made as slow as published: its bandwidth, which
+machines at random (:mod:`benchmarks.placements`); MRS against LRU is :mod:`benchmarks.hit_rates`, the released code
+against KTransformers :func:`of_released`. Last, the CPU is made as slow as published: its bandwidth, which
 binds a decode token, and its 8-bit arithmetic, which binds a prompt, are each set so that KTransformers takes the
 published seconds for Qwen2 at 25 % (0.21 a token; 1.47 a prompt, whose length is not stated: the mean of the four). The
 speed-ups are then predicted, as none was used.
@@ -20,39 +22,44 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from statistics import fmean, geometric_mean
+from statistics import fmean
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from joblib import Parallel, delayed
+from joblib import Parallel
 from rich.console import Console
 from rich.table import Table
 from scipy.optimize import brentq
 
-from benchmarks import placements
-from sim.presets import Preset, preset
-from sim.scenario import Scenario
+from benchmarks import hit_rates, placements
+from benchmarks.halves import covered
+from benchmarks.hybrimoe_runs import (
+    CACHES,
+    MACHINE,
+    MODELS,
+    PREFILLS,
+    PROMPTS,
+    Ratios,
+    Times,
+    mean_of,
+    ratios_of,
+    times_of,
+    write_routing,
+)
+from benchmarks.pages import refresh
+from sim.presets import preset
 from sim.spec import catalogue
-from sim.systems import SystemSpec
 from traces import store
-from traces.edit import slice_trace
 from traces.fit import fit
-from traces.fitted import Law, generate
+from traces.fitted import Law
 from traces.shipped import find_trace
-from traces.synthetic import Shape
 
-MODELS = ("mixtral-8x7b", "qwen2-57b-a14b", "deepseek-v2-lite")
-CACHES = ("25%", "50%", "75%")
-PROMPTS = (32, 128, 512, 1024)
-PREFILLS = tuple(f"prefill {prompt}" for prompt in PROMPTS)
-NEW_TOKENS = {32: 48}
-"""Tokens that are decoded after prompts of a length; one after all others."""
-MACHINE = "a6000-xeon5220r-10c"
 PUBLISHED = {"decode": 1.70, "prefill": 1.33}
 BASELINE_S = {"decode": 0.21, "prefill": 1.47}
 """Published seconds of KTransformers: Qwen2-57B-A14B at 25 %, a decode token and a prompt."""
@@ -72,7 +79,6 @@ ABLATION: dict[str, dict[str, str]] = {
 }
 """What each row of the paper's ablation adds to KTransformers: a cache can only follow the routing if something is
 copied into it, for which its released code has a prefetch by the scores of the next layer."""
-CATALOGUED = {"cpu_memory_efficiency": 0.3125, "cpu_int8_tops_per_s": 2.8}
 WIDTH = 100
 EVERYWHERE = (MODELS, CACHES, {"hybrimoe": dict[str, str]()})
 ABLATED = (MODELS[1:2], CACHES[:1], ABLATION)
@@ -92,12 +98,15 @@ VARIATIONS: dict[str, dict[str, float | str]] = {
 }
 LIMITING: dict[str, dict[str, float | str]] = {
     "as catalogued": {},
-    "CPU's 8-bit arithmetic 5.6 TOPS, all that its ten cores could do": {"cpu_int8_tops_per_s": 5.6},
-    "11.2 TOPS, which they cannot": {"cpu_int8_tops_per_s": 11.2},
+    "CPU's 8-bit arithmetic 2.8 TOPS, all that its ten cores could do": {"cpu_int8_tops_per_s": 2.8},
+    "5.6 TOPS, which they cannot": {"cpu_int8_tops_per_s": 5.6},
+    "11.2 TOPS": {"cpu_int8_tops_per_s": 11.2},
     "link at 6 GB/s (the catalogue: 12.5)": {"link_gb_per_s": 6.0},
     "link at 3 GB/s": {"link_gb_per_s": 3.0},
 }
 """The two constants that a long prompt hangs on."""
+EVERY = 1024
+"""As many numbers of tokens as an expert can have here."""
 CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
     "MRS alpha 0.1 (0.5)": {"evict": {"alpha": 0.1}},
     "MRS alpha 0.9 (0.5)": {"evict": {"alpha": 0.9}},
@@ -106,58 +115,133 @@ CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
     "gains not discounted by distance (1 / distance)": {"prefetch": {"discount": 0.0}},
     "gains discounted by 1 / distance^2 (1 / distance)": {"prefetch": {"discount": 2.0}},
     "the CPU may take what is in transfer (it may not)": {"place": {"cpu_takes_transfers": True}},
+    "the GPU takes first what is there (the most tokens)": {"place": {"gpu_order": "ready-first"}},
+    "prefetch weighs every number of tokens (the 4 largest)": {"prefetch": {"tried": EVERY}},
+    "MRS by a batch's first token (its mean)": {"evict": {"batch": "first"}},
+    "MRS by a batch's maximum (its mean)": {"evict": {"batch": "max"}},
 }
 """Constants of the method that the paper leaves out, on the machine as catalogued; in brackets what is chosen here."""
 
 CHOICES: dict[str, dict[str, Any]] = {name: {**ABLATION["all"], "options": own} for name, own in CHOSEN.items()}
-
-Times = dict[str, float]
-"""Seconds of a decode token, and of a prompt by its length."""
+NO_SHARED = "shared experts cost neither system anything"
+"""More than any overlap of them with the CPU's experts could give: here the host waits for them, as for dense work."""
+TEXTS: dict[str, tuple[slice, slice]] = {
+    "one kind of text, the same": (slice(0, 1), slice(0, 1)),
+    "all six kinds, the same": (slice(0, 6), slice(0, 6)),
+    "three kinds, the three others": (slice(0, 3), slice(3, 6)),
+}
+"""Which domains of `mixed` are judged, and which KTransformers' set is fitted to."""
+TEXT_SEQUENCES = 6
+THEIRS: dict[str, float | str] = {
+    "gpu_expert_fixed_us": 500.0,
+    "cpu_first_expert_us": 790.0,
+    "cpu_memory_efficiency": 0.036,  # 1.0 ms for an expert of DeepSeek-V2-Lite in 4 bits
+}
+"""The constants of the released code, as terms of the machine's costs."""
+RELEASED: dict[str, tuple[str, dict[str, float | str]]] = {
+    "hybrimoe-code, eager": ("hybrimoe-code", {}),
+    "hybrimoe-code, eager, 0.5 ms a GPU expert": ("hybrimoe-code", {"gpu_expert_fixed_us": 500.0}),
+    "hybrimoe-code, eager, CPU as their constants too": ("hybrimoe-code", THEIRS),
+    "hybrimoe-code, captured graphs": ("hybrimoe-code", {"regime": "graph"}),
+    "ktransformers, eager": ("ktransformers", {}),
+    "ktransformers, captured graphs": ("ktransformers", {"regime": "graph"}),
+}
+"""Systems, and what is changed of the machine, for what users measured."""
+RELEASED_PUBLISHED = {"hybrimoe-code, eager": 9.8, "ktransformers, captured graphs": 42.0}
+"""Tokens a second that users of the released code report for DeepSeek-V2-Lite, on a machine that they do not name."""
 
 
 def main(
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences of each kind that are judged.")] = 4,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of each kind that are judged.")] = 6,
     jobs: Annotated[int, typer.Option(min=1)] = 2,
     out: Annotated[Path | None, typer.Option(help="Keep the figures here (.json).")] = None,
+    page: Annotated[Path | None, typer.Option(help="Put the tables into this page.")] = None,
 ) -> None:
     """Measures all ratios, and prints them beside the published ones."""
-    with tempfile.TemporaryDirectory() as folder:
-        law = fit(store.load(find_trace("mixed")), np.random.default_rng(0))
+    law = fit(store.load(find_trace("mixed")), np.random.default_rng(0))
+    with tempfile.TemporaryDirectory() as folder, Parallel(n_jobs=jobs) as parallel:
         for model in MODELS:
             write_routing(law, model, sequences, Path(folder))
-        with Parallel(n_jobs=jobs) as parallel:
-            found = {
-                name: _ratios(parallel, Path(folder), *EVERYWHERE, change)["hybrimoe"]
-                for name, change in VARIATIONS.items()
-            }
-            chosen = _ratios(parallel, Path(folder), MODELS, CACHES[:1], CHOICES, {})
-            limiting = {
-                name: _ratios(parallel, Path(folder), MODELS[1:2], CACHES[:1], {"hybrimoe": {}}, change)["hybrimoe"]
-                for name, change in LIMITING.items()
-            }
-            rates = {what: rate_of_baseline(Path(folder), what) for what in BASELINE_S}
-            slow = {what: {RATES[what][0]: rate} for what, rate in rates.items()}
-            every = {what: _ratios(parallel, Path(folder), *EVERYWHERE, change) for what, change in slow.items()}
-            found[SLOW] = _each_by_its_own(every)["hybrimoe"]
-            parts = {what: _ratios(parallel, Path(folder), *ABLATED, change) for what, change in slow.items()}
-            plain = _ratios(parallel, Path(folder), *ABLATED, {})
-            ablations = {"as catalogued": plain, SLOW: _each_by_its_own(parts)}
+        found = measured(parallel, Path(folder))
     figures = {
         "command": f"python -m benchmarks.hybrimoe --sequences {sequences}",
         "date": datetime.now(UTC).date().isoformat(),
         "moetwin": version("moetwin"),
         "machine": MACHINE,
         "sequences": sequences,
+        "catalogued": catalogued(),
+        **found,
+        "placements": placements.measured(),
+        "texts": by_texts(law),
+        "hit_rates": hit_rates.measured(law),
+    }
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    printed = shown(json.loads(json.dumps(figures)))
+    if page is not None:
+        refresh(page, "hybrimoe", printed)
+    print(printed)
+
+
+def measured(parallel: Parallel, folder: Path) -> dict[str, Any]:
+    """All that is simulated on the traces of ``folder``."""
+    found = {name: ratios_of(parallel, folder, *EVERYWHERE, change)["hybrimoe"] for name, change in VARIATIONS.items()}
+    chosen = ratios_of(parallel, folder, MODELS, CACHES[:1], CHOICES, {})
+    at_25 = (CACHES[:1], {"hybrimoe": dict[str, str]()})
+    chosen[NO_SHARED] = ratios_of(parallel, folder, MODELS, *at_25, {}, {"shared_width": 0})["hybrimoe"]
+    limiting = {
+        name: ratios_of(parallel, folder, MODELS[1:2], *at_25, change)["hybrimoe"] for name, change in LIMITING.items()
+    }
+    rates = {what: rate_of_baseline(folder, what) for what in BASELINE_S}
+    slow = {what: {RATES[what][0]: rate} for what, rate in rates.items()}
+    every = {what: ratios_of(parallel, folder, *EVERYWHERE, change) for what, change in slow.items()}
+    found[SLOW] = _each_by_its_own(every)["hybrimoe"]
+    parts = {what: ratios_of(parallel, folder, *ABLATED, change) for what, change in slow.items()}
+    plain = ratios_of(parallel, folder, *ABLATED, {})
+    return {
         "cpu_of_baseline": {RATES[what][0]: rate for what, rate in rates.items()},
         "variations": found,
         "limiting": limiting,
         "choices": chosen,
-        "ablations": ablations,
-        "placements": placements.measured(),
+        "ablations": {"as catalogued": plain, SLOW: _each_by_its_own(parts)},
+        "released": of_released(folder),
     }
-    if out is not None:
-        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print(shown(figures))
+
+
+def by_texts(law: Law) -> dict[str, dict[str, list[float]]]:
+    """By what the set is fitted to, and model: the part of all uses it covers at 25 %, and HybriMoE's decode ratio."""
+    kinds = tuple(dict.fromkeys(law.domains))
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, (judged, fitted) in TEXTS.items():
+        own = replace(law, domains=kinds[judged])
+        found[name] = {model: _on_texts(own, kinds[fitted], model) for model in MODELS}
+    return found
+
+
+def _on_texts(law: Law, fitted: tuple[str, ...], model: str) -> list[float]:
+    with tempfile.TemporaryDirectory() as name:
+        folder, prompts = Path(name), PROMPTS[:1]
+        write_routing(law, model, TEXT_SEQUENCES, folder, prompts=prompts, fitted_domains=fitted)
+        parts = [store.load(folder / f"{model}-{prompts[0]}-{part}.safetensors") for part in ("judged", "fitted")]
+        slow, quick = (
+            times_of(folder, model, CACHES[0], preset(system), {}, prompts=prompts)["decode"]
+            for system in ("ktransformers", "hybrimoe")
+        )
+        return [covered(parts[0], parts[1], 25), slow / quick]
+
+
+def of_released(folder: Path) -> dict[str, float]:
+    """Decode tokens a second of DeepSeek-V2-Lite at 25 %: the released code's rule, and KTransformers."""
+    return {
+        name: 1.0 / times_of(folder, MODELS[2], CACHES[0], preset(system), change)["decode"]
+        for name, (system, change) in RELEASED.items()
+    }
+
+
+def catalogued() -> dict[str, float]:
+    """What the catalogue has for the rates that are fitted."""
+    cpu = catalogue.find_hardware(MACHINE).cpu
+    return {"cpu_memory_efficiency": cpu.memory_efficiency, "cpu_int8_tops_per_s": cpu.int8_ops_per_s / 1e12}
 
 
 def shown(figures: Mapping[str, Any]) -> str:
@@ -177,47 +261,11 @@ def shown(figures: Mapping[str, Any]) -> str:
     )
     console.print(placements.shown(figures["placements"]), highlight=False)
     for name, rate in figures["cpu_of_baseline"].items():
-        console.print(f"{SLOW}: {name} {rate:.3g}, where the catalogue has {CATALOGUED[name]:.3g}")
-    return "\n".join(line.rstrip() for line in console.export_text().splitlines())
-
-
-def write_routing(law: Law, model: str, sequences: int, folder: Path) -> None:
-    """Writes, for each length of prompt, a trace to be judged, and one to fit KTransformers' set to."""
-    spec = catalogue.model(model)
-    for prompt in PROMPTS:
-        shape = Shape(
-            sequences=2 * sequences,
-            prompt_tokens=prompt,
-            new_tokens=NEW_TOKENS.get(prompt, 1),
-            layers=spec.moe_layers,
-            experts=spec.experts,
-            top_k=spec.top_k,
-            expert_bytes=spec.expert_bytes,
-        )
-        trace = generate(law, 0, shape, dtype="bfloat16")
-        for name, part in (("judged", f":{sequences}"), ("fitted", f"{sequences}:")):
-            store.save(slice_trace(trace, sequences=part), folder / f"{model}-{prompt}-{name}.safetensors")
-
-
-def times_of(folder: Path, model: str, cache: str, system: Preset, change: Mapping[str, Any]) -> Times:
-    """Seconds of a decode token and of the prompts under one system."""
-    times = {}
-    for prompt in PROMPTS:
-        scenario = Scenario(
-            trace=str(folder / f"{model}-{prompt}-judged.safetensors"),
-            calibration=str(folder / f"{model}-{PROMPTS[0]}-fitted.safetensors"),
-            model=model,
-            quant="int4",
-            hardware=MACHINE,
-            hardware_set=dict(change),
-            cache=cache,
-            system=system,
-        )
-        figures = scenario.prepare().run(events=False, operations=False).headline()
-        times[f"prefill {prompt}"] = figures["time_to_first_token_p50_s"] or 0.0
-        if prompt in NEW_TOKENS:
-            times["decode"] = 1.0 / (figures["tokens_per_s"] or 1.0)
-    return times
+        console.print(f"{SLOW}: {name} {rate:.3g}, where the catalogue has {figures['catalogued'][name]:.3g}")
+    console.print(texts_table(figures["texts"]), highlight=False)
+    console.print(_of_released(figures["released"]), highlight=False)
+    tables = "\n".join(line.rstrip() for line in console.export_text().splitlines())
+    return f"{tables}\n{hit_rates.shown(figures['hit_rates'])}"
 
 
 def rate_of_baseline(folder: Path, what: str) -> float:
@@ -236,10 +284,6 @@ def rate_of_baseline(folder: Path, what: str) -> float:
     return math.exp(brentq(excess, *ends, xtol=0.01))
 
 
-Ratios = dict[str, dict[str, Times]]
-"""By system, by model and cache: how many times as fast as KTransformers it is."""
-
-
 def _each_by_its_own(by_phase: Mapping[str, Ratios]) -> Ratios:
     """The ratios of each phase from the run whose constants are fitted to it."""
     return {
@@ -251,38 +295,6 @@ def _each_by_its_own(by_phase: Mapping[str, Ratios]) -> Ratios:
     }
 
 
-def _ratios(
-    parallel: Parallel,
-    folder: Path,
-    models: tuple[str, ...],
-    caches: tuple[str, ...],
-    systems: Mapping[str, Mapping[str, Any]],
-    change: Mapping[str, Any],
-) -> Ratios:
-    """Runs ``systems`` and KTransformers on ``models`` and ``caches``, on the machine with ``change``."""
-    baseline = preset("ktransformers")
-    chosen = {name: _system(name, fields) for name, fields in systems.items()}
-    settings = [(model, cache) for model in models for cache in caches]
-    work = [(model, cache, system) for model, cache in settings for system in (baseline, *chosen.values())]
-    done = parallel(delayed(times_of)(folder, model, cache, system, change) for model, cache, system in work)
-    width = 1 + len(chosen)
-    found: Ratios = {name: {} for name in chosen}
-    for place, (model, cache) in enumerate(settings):
-        slow, *quick = done[place * width : (place + 1) * width]
-        for name, times in zip(chosen, quick, strict=True):
-            found[name][f"{model} {cache}"] = {what: slow[what] / times[what] for what in times}
-    return found
-
-
-def _system(name: str, fields: Mapping[str, Any]) -> Preset:
-    return Preset(system=SystemSpec(name=name, **fields)) if fields else preset(name)
-
-
-def mean_of(found: Mapping[str, Times], what: str) -> float:
-    """Geometric mean of a speed-up over all settings, and of prefill over all lengths."""
-    return geometric_mean(ratio for times in found.values() for key, ratio in times.items() if key.startswith(what))
-
-
 def _by_setting(found: Mapping[str, Times]) -> Table:
     table = _table(f"HybriMoE, times as fast as KTransformers, on {MACHINE}", "setting", "decode", *PREFILLS)
     for setting, times in found.items():
@@ -292,9 +304,9 @@ def _by_setting(found: Mapping[str, Times]) -> Table:
 
 def _by_length(title: str, found: Mapping[str, Mapping[str, Times]]) -> Table:
     table = _table(title, "constants", *map(str, PROMPTS), "mean")
-    for name, ratios in found.items():
-        (times,) = ratios.values()
-        table.add_row(name, *(f"{times[what]:.2f}" for what in PREFILLS), f"{mean_of(ratios, 'prefill'):.2f}")
+    for name, one in found.items():
+        (times,) = one.values()
+        table.add_row(name, *(f"{times[what]:.2f}" for what in PREFILLS), f"{mean_of(one, 'prefill'):.2f}")
     return table
 
 
@@ -302,20 +314,40 @@ def _by_variation(title: str, found: Mapping[str, Mapping[str, Times]], *, publi
     table = _table(title, "constants", "decode", "prefill")
     if published:
         table.add_row("published", *(f"{PUBLISHED[what]:.2f}" for what in ("decode", "prefill")))
-    for name, ratios in found.items():
-        table.add_row(name, *(f"{mean_of(ratios, what):.2f}" for what in ("decode", "prefill")))
+    for name, one in found.items():
+        table.add_row(name, *(f"{mean_of(one, what):.2f}" for what in ("decode", "prefill")))
     return table
 
 
 def _by_part(constants: str, found: Mapping[str, Mapping[str, Times]]) -> Table:
     title = f"Ablation, Qwen2-57B-A14B at 25 %, {constants}"
     table = _table(title, "added", "decode", "published", "prefill", "published")
-    for name, ratios in found.items():
+    for name, one in found.items():
         cells = []
         for what in ("decode", "prefill"):
             published = ABLATION_PUBLISHED[name].get(what)
-            cells += [f"{mean_of(ratios, what):.2f}", "-" if published is None else f"{published:.2f}"]
+            cells += [f"{mean_of(one, what):.2f}", "-" if published is None else f"{published:.2f}"]
         table.add_row(name, *cells)
+    return table
+
+
+def texts_table(found: Mapping[str, Mapping[str, list[float]]]) -> Table:
+    """The uses that the fitted set covers, and the ratio, by texts and model."""
+    title = "Decode at 25 %: uses that the set covers, and ratio"
+    table = _table(title, "judged, and fitted to", *MODELS)
+    for name, by_model in found.items():
+        cells = [by_model[model] for model in MODELS]
+        table.add_row(name, *(f"{part:.2f}  {ratio:.2f}" for part, ratio in cells))
+    return table
+
+
+def _of_released(found: Mapping[str, float]) -> Table:
+    title = "DeepSeek-V2-Lite at 25 %: decode tokens a second"
+    table = _table(title, "system", "here", "users measured", "ratio")
+    for name, speed in found.items():
+        measured_one = RELEASED_PUBLISHED.get(name)
+        cells = ("-", "-") if measured_one is None else (f"{measured_one:.1f}", f"{speed / measured_one:.1f}")
+        table.add_row(name, f"{speed:.1f}", *cells)
     return table
 
 

@@ -51,7 +51,10 @@ def validate(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="fp32; with cuda bf16")] = None,
     systems: Annotated[
-        str | None, typer.Option(help="Published systems, separated by commas.", show_default="eight of them")
+        str | None,
+        typer.Option(
+            help="Published systems, or TOML files of your own, separated by commas.", show_default="eight of them"
+        ),
     ] = None,
     caches: Annotated[str, typer.Option(help="Cache sizes, separated by commas.")] = "25%,50%,75%",
     repeats: Annotated[int, typer.Option(min=2, help="Measured runs of everything, interleaved.")] = 7,

@@ -9,6 +9,7 @@ takes back those that have not begun and of which :meth:`~OffloadController.is_s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -117,10 +118,19 @@ class OffloadController:
         """What is loaded before the first step: copies, which nothing waits for."""
         blocks = self._first_blocks() if self.system.starts_with else self._evict.preload()
         if self.system.dense_follows:
-            on_gpu = {block // self.shape.experts for block in blocks}
-            self.layers_on_cpu = frozenset(range(self.shape.layers)) - on_gpu
+            blocks = self._whole_layers(blocks)
         self.preloaded = len(blocks)
         return self._draft.preload(blocks)
+
+    def _whole_layers(self, blocks: Sequence[int]) -> list[int]:
+        """Those of ``blocks`` that make up whole layers; the other layers run on the CPU, and keep nothing."""
+        experts = self.shape.experts
+        held = Counter(block // experts for block in blocks)
+        self.layers_on_cpu = frozenset(layer for layer in range(self.shape.layers) if held[layer] < experts)
+        for block in blocks:
+            if block // experts in self.layers_on_cpu:
+                self._evict.forget(block)
+        return [block for block in blocks if block // experts not in self.layers_on_cpu]
 
     def _first_blocks(self) -> Sequence[int]:
         """The set that fills the cache before a policy that did not choose it takes over."""

@@ -10,9 +10,6 @@ from sim.spec.hardware import HardwareSpec, HostSpec
 from sim.spec.model import ModelSpec
 from traces.errors import InputError
 
-DENSE_KERNELS, EXPERT_KERNELS = 12, 3
-"""Kernels of a layer outside its experts, and of one expert [I]: counted from the modules' code."""
-
 
 class Costs(Protocol):
     """What the engine asks. All answers are seconds of undisturbed work."""
@@ -74,7 +71,8 @@ class RooflineCosts:
 
     An expert is so bound by memory for few tokens and by arithmetic for many, on the GPU as on the CPU. Rates are the
     nominal ones times the named efficiencies of the specs. A multiply-add counts as two FLOPs. Latent attention is
-    counted as if its cache were expanded. Every fixed cost is a field of the specs, and 0 switches it off.
+    counted on whole heads, as if its cache were expanded, and expanding it costs nothing. Every fixed cost is a field
+    of the specs, and 0 switches it off.
     """
 
     def __init__(self, model: ModelSpec, hardware: HardwareSpec) -> None:
@@ -94,7 +92,8 @@ class RooflineCosts:
 
     @cache  # noqa: B019 - a run keeps its one costs object alive anyway
     def dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
-        return self._gpu_s(*self._dense_work(self.model.moe_layer_elements, tokens, context, lanes), DENSE_KERNELS)
+        work = self._dense_work(self.model.moe_layer_elements, tokens, context, lanes)
+        return self._gpu_s(*work, self.hardware.gpu.dense_kernels)
 
     @cache  # noqa: B019
     def cpu_dense_s(self, tokens: int, context: int, lanes: int = 1) -> float:
@@ -107,13 +106,13 @@ class RooflineCosts:
         matrix = model.hidden * model.vocab
         head_s = self._gpu_s(2.0 * lanes * matrix, matrix * model.bytes_per_element, 2)
         work = self._dense_work(model.dense_layer_elements, tokens or lanes, context, lanes)
-        return head_s + (model.layers - model.moe_layers) * self._gpu_s(*work, DENSE_KERNELS)
+        return head_s + (model.layers - model.moe_layers) * self._gpu_s(*work, self.hardware.gpu.dense_kernels)
 
     @cache  # noqa: B019
     def gpu_expert_s(self, tokens: int) -> float:
-        model = self.model
-        work_s = self._gpu_s(2.0 * tokens * model.expert_elements, model.expert_bytes, EXPERT_KERNELS)
-        return work_s + self.hardware.gpu.expert_fixed_s
+        model, gpu = self.model, self.hardware.gpu
+        work_s = self._gpu_s(2.0 * tokens * model.expert_elements, model.expert_bytes, gpu.expert_kernels)
+        return work_s + gpu.expert_fixed_s
 
     @cache  # noqa: B019
     def cpu_expert_s(self, tokens: int, first: bool) -> float:
@@ -178,13 +177,17 @@ class RooflineCosts:
         """FLOPs and bytes of one layer with ``elements`` weights outside its routed experts.
 
         Attention is causal: of its lane's n new tokens, the last one sees the whole context, the first n - 1 fewer.
+        A pair of tokens takes a product of a query and a key, and one of a weight and a value, in every head.
         """
         model = self.model
+        flops, size_bytes = 2.0 * tokens * elements, elements * model.bytes_per_element
+        if not model.context_costs:
+            return flops, size_bytes
         new = min(tokens / lanes, context)
         attended = context - (new - 1) / 2  # on average
-        flops = 2.0 * tokens * elements + 4.0 * tokens * attended * model.heads * model.head_dim
+        pair_flops = 2.0 * model.heads * (model.key_dim + model.head_dim)
         cache_bytes = lanes * context * model.kv_bytes_per_token / model.layers
-        return flops, elements * model.bytes_per_element + cache_bytes
+        return flops + tokens * attended * pair_flops, size_bytes + cache_bytes
 
 
 class TableCosts(RooflineCosts):
@@ -208,7 +211,7 @@ class TableCosts(RooflineCosts):
     @property
     def notes(self) -> list[str]:
         """Whose table it is, and what was asked beyond what was measured, where time is taken in proportion."""
-        doubts = self.table.doubts(self.model.name, self.model.top_k)
+        doubts = self.table.doubts(self.model.name, self.model.top_k, self.model.expert_bits)
         if self._most_tokens > (most := self.table.most_tokens):
             doubts.append(f"{self.table.name} was asked for {self._most_tokens} tokens, measured to {most}")
         return doubts

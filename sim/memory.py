@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sim.spec.model import ModelSpec
 from sim.systems import Budget
+from traces.errors import InputError
 
 
 class MemoryPlan(BaseModel):
@@ -57,6 +58,35 @@ class MemoryPlan(BaseModel):
         }
         told = " + ".join(f"{_in_units(size, scale)} {name}" for name, size in parts.items())
         return f"{self.total_bytes / scale:.2f} {unit} = {told}"
+
+
+def budget_for_memory(
+    memory_bytes: int, model: ModelSpec, *, scope: str, lanes: int, context: int, workspace_bytes: int = 0
+) -> Budget:
+    """The largest cache that fits ``memory_bytes`` beside all else that a :class:`MemoryPlan` counts.
+
+    Raises :class:`InputError`, with the least that would do, what takes it and how much is missing, when not even one
+    expert a layer (one in all, when global) fits.
+    """
+    sizes = {"lanes": lanes, "context": context, "workspace_bytes": workspace_bytes}
+    least = MemoryPlan.of(model, Budget(slots=1), scope=scope, **sizes)
+    spare = memory_bytes - least.total_bytes
+    if spare < 0:
+        held = "one expert" if scope == "global" else "one expert a layer"
+        raise InputError(
+            f"gpu-memory must be at least {least.total_bytes} bytes ({least.told()}: {held} of "
+            f"{shown_bytes(model.expert_bytes)}), got {memory_bytes}, {shown_bytes(-spare)} too few"
+        )
+    most = model.experts * (model.moe_layers if scope == "global" else 1)
+    return Budget(slots=min(1 + spare // least.experts_bytes, most))
+
+
+def shown_bytes(size_bytes: int) -> str:
+    """Bytes in the largest unit of ten to the third, sixth and ninth of which there is one."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:,.2f} {unit}"
+    return f"{size_bytes} B"
 
 
 def _in_units(size_bytes: int, scale: float) -> str:

@@ -74,7 +74,7 @@ class Preset(BaseModel):
         if self.unlimited:
             return even.model_copy(update={"slots": experts})
         if self.system.holds != "cache":
-            held = 2 * experts if self.system.holds == "two layers" else 1
+            held = 2 * experts if self.system.holds == "two layers" else 0
             return even.model_copy(update={"slots": min(even.slots, held)})
         if self.system.slots_by_layer == "even" or calibration is None:
             return even

@@ -73,6 +73,7 @@ class RunInfo(BaseModel):
     capacity_slots: int
     capacity_bytes: int
     staging_slots: int
+    expert_bytes: int = 0  # of one; results that do not tell it have it in their capacity
     trace_digest: str
     workload: dict[str, Any]
     costs: str = ""
@@ -88,6 +89,11 @@ class RunInfo(BaseModel):
     recorded: str = ""
     software: dict[str, str] = {}
     notes: list[str] = []
+
+    @property
+    def bytes_of_expert(self) -> int:
+        """The size of one expert; 0 for a result that does not tell it."""
+        return self.expert_bytes or self.capacity_bytes // max(self.capacity_slots, 1)
 
 
 @dataclass
@@ -146,7 +152,8 @@ class RunResult:
     def _experts_of(self, size_bytes: float) -> float | None:
         """How many experts so many bytes are; None for a result that does not say how large one is."""
         info = self.info
-        return round(size_bytes * info.capacity_slots / info.capacity_bytes) if info.capacity_bytes else None
+        one_bytes = info.bytes_of_expert
+        return round(size_bytes / one_bytes) if one_bytes else None
 
     def _by_request(self) -> dict[str, float | None]:
         """What the requests saw, waiting for a lane and for other requests' passes included.

@@ -194,6 +194,7 @@ def run_info(
             "capacity_slots": slots,
             "capacity_bytes": slots * controller.shape.expert_bytes,
             "staging_slots": budget.staging,
+            "expert_bytes": controller.shape.expert_bytes,
             "trace_digest": workload.trace.digest,
             "workload": workload.describe(),
             "prefetched_bytes": controller.prefetched * controller.shape.expert_bytes,
@@ -213,6 +214,9 @@ def _notes(controller: OffloadController, scored: bool) -> list[str]:
         notes.append(f"one device alone was quicker than the schedule of {system.place} in {layers}, and was used")
     if system.place == "static" and not controller.preloaded and system.prefetch == "none":
         notes.append("static: nothing is loaded beforehand and nothing is ever copied, so that the CPU computes it all")
+    empty = controller.budget.total(controller.shape.layers, system.scope) - controller.preloaded
+    if system.dense_follows and system.prefetch == "none" and empty:
+        notes.append(f"{empty:,} slots stay empty, as they would hold a part of a layer only")
     if system.deferral:
         notes.append(
             f"deferral changes the model's outputs: of a token's experts on the CPU, those among its {system.deferral} "

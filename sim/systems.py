@@ -22,6 +22,7 @@ from sim.policies import (
     PrefetchPolicy,
 )
 from sim.policies.base import Policy, check_constants
+from sim.policies.evict.static_front import StaticFront
 from traces.errors import InputError, unknown_name
 
 STAGING_SLOTS = 2
@@ -61,7 +62,7 @@ class SystemSpec(BaseModel):
     )
     write_back: bool = Field(default=False, description="victims are copied back to the host, as a swap does")
     dense_follows: bool = Field(
-        default=False, description="a layer without resident experts runs on the CPU as a whole, attention too"
+        default=False, description="a layer that is not loaded whole runs on the CPU, attention too"
     )
     synchronous: bool = Field(default=False, description="demand only, one operation at a time: the mode of parity")
 
@@ -172,6 +173,12 @@ class SystemSpec(BaseModel):
         return " + ".join(part.rpartition(":")[2] for part in parts) + told
 
 
+def implied_by(evict: str) -> dict[str, str]:
+    """Fields of a published system that follow its change to this eviction policy, where they are not given, too: the
+    first layers come first in one pool alone, and a pool for each layer has the lowest experts of all."""
+    return {"scope": "global"} if evict == StaticFront.name else {}
+
+
 def loads_beforehand(evict: str) -> bool:
     """Whether an eviction policy brings a set that is loaded before the first step."""
     found: bool = _policy("evict", evict).preload is not EvictionPolicy.preload
@@ -206,12 +213,13 @@ def no_constant(kind: str, policy: str, constant: str, defaults: Mapping[str, An
 class Budget(BaseModel):
     """Device slots that a run may use: ``slots`` a layer (or in all, when global) and the staging slots.
 
-    ``by_layer`` gives each layer its own number in place of ``slots``, which is then their mean, rounded down.
+    ``by_layer`` gives each layer its own number in place of ``slots``, which is then their mean, rounded down. Without
+    slots nothing is kept: every expert passes through the staging slots.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    slots: PositiveInt
+    slots: NonNegativeInt
     staging: PositiveInt = STAGING_SLOTS
     by_layer: tuple[NonNegativeInt, ...] = ()
     host_slots: PositiveInt | None = Field(
@@ -241,25 +249,4 @@ def parse_capacity(text: str, *, layers: int, experts: int, scope: str = "layer"
     if not 1 <= slots <= pool:
         got = f"{text.strip()} which is {slots}" if percent else text.strip()
         raise InputError(f"{field} must be between 1 and {pool} slots, got {got}")
-    return Budget(slots=slots)
-
-
-def budget_for_memory(
-    memory_bytes: int, *, layers: int, experts: int, expert_bytes: int, outside_bytes: int, scope: str = "layer"
-) -> Budget:
-    """The largest cache that fits ``memory_bytes`` beside ``outside_bytes`` (dense weights, KV cache, workspace).
-
-    Raises :class:`InputError`, with the least that would do, when not even one expert a layer (one in all, when
-    global) fits.
-    """
-    pools = 1 if scope == "global" else layers
-    room = memory_bytes - outside_bytes - STAGING_SLOTS * expert_bytes
-    slots = min(room // (pools * expert_bytes), experts * layers // pools)
-    if slots < 1:
-        least = outside_bytes + (pools + STAGING_SLOTS) * expert_bytes
-        experts_held = "one expert" if scope == "global" else "one expert a layer"
-        raise InputError(
-            f"gpu-memory must be at least {least} bytes ({outside_bytes} outside the experts, {STAGING_SLOTS} staging "
-            f"slots and {experts_held} of {expert_bytes} bytes each), got {memory_bytes}"
-        )
     return Budget(slots=slots)

@@ -6,8 +6,9 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 
+from sim.memory import budget_for_memory
 from sim.spec import BITS_PER_WEIGHT, ModelSpec, catalogue
-from sim.systems import Budget, budget_for_memory, parse_capacity
+from sim.systems import Budget, parse_capacity
 from traces.batching import BatchSpec, Requests, schedule_of
 from traces.errors import InputError
 from traces.schema import Trace, WeightDtype
@@ -89,11 +90,11 @@ def budget_of(
         )
     found = budget_for_memory(
         parse_bytes(gpu_memory, "gpu-memory"),
-        layers=spec.moe_layers,
-        experts=spec.experts,
-        expert_bytes=spec.expert_bytes,
-        outside_bytes=spec.dense_bytes + lanes * context * spec.kv_bytes_per_token + workspace_bytes,
+        spec,
         scope=scope,
+        lanes=lanes,
+        context=context,
+        workspace_bytes=workspace_bytes,
     )
     rest = found.slots % spec.moe_layers if scope == "global" and found.slots > spec.moe_layers else 0
     return found.model_copy(update={"slots": found.slots - rest})

@@ -65,7 +65,7 @@ OLMOE = "--model olmoe-1b-7b --random-weights"
         ("decode --prompt a --evict static", "calibration must be given for static, a trace apart from"),
         ("decode --prompt a --cache 0", "cache must be between 1 and 32 slots, got 0"),
         ("decode --prompt a --cache=", "cache must hold something, got ''"),
-        ("decode --prompt a --device cpu --gpu-memory 1MB", "gpu-memory must be at least 8430600 bytes"),
+        ("decode --prompt a --device cpu --gpu-memory 1MB", "gpu-memory must be at least 8430600 bytes (8.43 MB = "),
         ("decode --prompt a --device cpu --context 4", "context must be at least the 65 tokens of a sequence, got 4"),
         ("decode --routing code --device cpu --context 4", "context must be at least the 319 tokens of a sequence"),
         ("decode --prompt a --stop=", "stop must hold something, got ''"),

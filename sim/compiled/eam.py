@@ -17,13 +17,13 @@ class EamState(NamedTuple):
     tokens: Array  # int64 [B], of the request
     rows: Array  # int64 [L], sums of ``tokens``
     total: Array  # int64 [1], sum of ``visits``
+    as_released: bool
 
 
 def build(policy: Eam) -> EamState:
     """No uses."""
-    blocks = policy.context.blocks
-    counts = np.zeros(blocks, np.int64)
-    return EamState(counts, counts.copy(), np.zeros(policy.context.layers, np.int64), np.zeros(1, np.int64))
+    counts, rows = np.zeros(policy.context.blocks, np.int64), np.zeros(policy.context.layers, np.int64)
+    return EamState(counts, counts.copy(), rows, np.zeros(1, np.int64), bool(policy.options["as_released"]))
 
 
 def begin_sequence(policy: Any) -> None:
@@ -45,9 +45,14 @@ def key(policy: Any, cache: Cache, block: int, event: int) -> float:
     layer = block // experts
     row = policy.rows[layer]
     share = policy.tokens[block] / row if row > 0 else 1.0 / experts
-    near = 1.0 - ((layer - event % layers) % layers) / layers
+    now = event % layers
+    if policy.as_released:
+        later = (layers * (layers - 1) - now * (now + 1)) / 2 / (layers + 1)
+        near = (layer / (layers + 1) if layer > now else 1.0) / (experts * (now + 1 + later))
+    else:
+        near = (1.0 - ((layer - now) % layers) / layers) / (experts * (layers + 1) / 2)
     worth = policy.visits[block] / max(policy.total[0], 1) + FLOOR
-    return float(worth * (share / layers + FLOOR) * (near / (experts * (layers + 1) / 2) + FLOOR))
+    return float(worth * (share / layers + FLOOR) * (near + FLOOR))
 
 
 register(Eam, Twin(EamState, build, begin_sequence=begin_sequence, observe=observe, key=key))

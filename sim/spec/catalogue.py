@@ -39,8 +39,12 @@ __all__ = [
 DEFAULT_HOST = "python"
 REFERENCE_MACHINE = "rtx4090-epyc9374f"
 """The machine that is meant where a user names none."""
-_NOT_MODELLED = re.compile(r"^\d+x[a-z]|(?<=\d)x\d+\b|gh200|gb10|gb200|grace|dgx|hgx|apple", re.IGNORECASE)
-"""Names of several GPUs, as 4xh100 and h100x8, and of machines in which GPU and CPU share one memory."""
+_SEVERAL = r"^\d+ ?[x*][ -]?[a-z]|^(dual|two|twin|triple|three|quad|four|eight|multi)\b|[\d-]x\d{1,2}\b|dgx|hgx"
+_UNIFIED = r"gh200|gb10|gb[23]00|grace|apple|\bm\d-(pro|max|ultra)|mi300a|strix|ryzen-ai|jetson|\borin|tegra|\bthor\b"
+_NOT_MODELLED = re.compile(f"{_SEVERAL}|{_UNIFIED}", re.IGNORECASE)
+"""Names of several GPUs, as 4xh100, dual-h100 and h100-x8, and of machines in which GPU and CPU share one memory."""
+_LANES = re.compile(r"pcie[\d.]*-?x\d+", re.IGNORECASE)
+"""What looks like several of something in the name of a link."""
 PART_KINDS = tuple(PARTS)
 """The parts of a machine, in the order in which a composed name gives them."""
 
@@ -97,7 +101,7 @@ def find_hardware(name: str, *, parts: bool = False) -> HardwareSpec:
     ``parts`` says that a part's name would do as well where this is asked for, so that the near ones are offered, too.
     Raises :class:`InputError` as :func:`hardware` and :func:`load_hardware_file` do.
     """
-    if _NOT_MODELLED.search(name) and not name.endswith(".toml"):
+    if _not_modelled(name):
         raise InputError(
             "hardware must have one GPU with memory of its own: several GPUs and unified memory are not modelled "
             f"(docs/limitations.md), got {name!r}"
@@ -107,6 +111,15 @@ def find_hardware(name: str, *, parts: bool = False) -> HardwareSpec:
         raise unknown_name("hardware", name, {one for names in known for one in names})
     whole = name.endswith(".toml") and ("+" not in name or Path(name).exists())
     return load_hardware_file(Path(name)) if whole else hardware(name)
+
+
+def _not_modelled(name: str) -> bool:
+    """Whether ``name``, or a part that it is composed of, is of what the simulator does not have; a file may be called
+    anything."""
+    parts = [part for part in name.split("+") if not part.endswith(".toml")]
+    return sum(part in part_names("gpu") for part in parts) > 1 or any(
+        _NOT_MODELLED.search(_LANES.sub("pcie", part)) for part in parts
+    )
 
 
 def hardware(name: str) -> HardwareSpec:

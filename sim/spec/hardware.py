@@ -22,6 +22,7 @@ RateOrZero = Annotated[float, Field(ge=0, le=MOST), AfterValidator(_none_or_one)
 Seconds = Annotated[float, Field(ge=0, le=3600)]
 Share = Annotated[float, Field(ge=1e-6, le=1)]
 Bytes = Annotated[PositiveInt, Field(le=MOST)]
+Kernels = Annotated[NonNegativeInt, Field(le=10**6)]
 
 
 class _Part(BaseModel):
@@ -48,13 +49,18 @@ class _Processor(_Part):
 
 
 class GpuSpec(_Processor):
-    """A GPU: nominal rates and the share of them that inference kernels reach."""
+    """A GPU: nominal rates and the share of them that inference kernels reach.
+
+    How many kernels the program launches is counted from the modules' code [I], not measured.
+    """
 
     memory_bytes: Bytes
     memory_efficiency: Share = Field(default=0.7)
     compute_efficiency: Share = Field(default=0.6)
     launch_s: Seconds = Field(default=5e-6, description="fixed cost of one kernel on the GPU's timeline")
     graph_launch_s: Seconds = Field(default=3.1e-6, description="the same inside a captured graph")
+    dense_kernels: Kernels = Field(default=12, description="kernels of a layer outside its experts")
+    expert_kernels: Kernels = Field(default=3, description="kernels of one expert")
     expert_fixed_s: Seconds = Field(default=0.0, description="cost of one expert beyond its kernels")
 
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from traces.errors import InputError, unknown_name
 from traces.limits import MOST_EXPERT_BYTES
@@ -14,6 +23,9 @@ MOST = 10**12
 
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
+
+LATER = ("query_head_dim", "context_costs")
+"""Fields that are written down only where they say something."""
 
 BITS_PER_WEIGHT: dict[str, float] = {
     "fp32": 32,
@@ -50,7 +62,10 @@ class ModelSpec(BaseModel):
     dense_width: CountOrZero = Field(default=0, description="feed-forward width of a dense layer")
     heads: Count
     kv_heads: Count
-    head_dim: Count
+    head_dim: Count = Field(description="width of a head's value, and of its query and key unless query_head_dim says")
+    query_head_dim: CountOrZero = Field(
+        default=0, description="width of a head's query and key where it has a rotary part of its own; 0: head_dim"
+    )
     projection_elements: CountOrZero = Field(
         default=0, description="attention weights of a layer, its mean over all; 0: those of the grouped-query form"
     )
@@ -63,6 +78,15 @@ class ModelSpec(BaseModel):
     expert_bits: PositiveFloat = Field(
         default=16.0, le=MOST, description="bits a weight of a routed expert; its biases are kept in dtype"
     )
+    context_costs: bool = Field(
+        default=True, description="whether attending to a context, and reading its KV cache, takes time"
+    )
+
+    @model_serializer(mode="wrap")
+    def _told(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Models without the later fields keep their digest, and that of their profiles."""
+        defaults = {name: type(self).model_fields[name].default for name in LATER}
+        return {name: value for name, value in fields(self).items() if name not in defaults or value != defaults[name]}
 
     @field_validator("dtype")
     @classmethod
@@ -79,6 +103,11 @@ class ModelSpec(BaseModel):
         if self.expert_bytes > MOST_EXPERT_BYTES:
             raise InputError(f"expert_bytes must be at most {MOST_EXPERT_BYTES}, got {self.expert_bytes}")
         return self
+
+    @property
+    def key_dim(self) -> int:
+        """Width of a head's query and key."""
+        return self.query_head_dim or self.head_dim
 
     @property
     def bytes_per_element(self) -> float:

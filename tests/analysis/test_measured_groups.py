@@ -115,9 +115,9 @@ def test_the_trace_is_sought_from_the_run_upwards_whatever_folder_is_given(two: 
 
 
 def test_what_cannot_be_judged_is_left_out_and_told(two: Path) -> None:
-    bytes_of = 2 * measured(PLAIN, 2).info.capacity_bytes
+    size_bytes = 2 * measured(PLAIN, 2).info.expert_bytes
     told(measured(PLAIN, 2), trace_digest="f" * 64).save(two / "prompted")
-    told(measured(SystemSpec(name="narrow"), 2), capacity_bytes=bytes_of).save(two / "narrow")
+    told(measured(SystemSpec(name="narrow"), 2), expert_bytes=size_bytes).save(two / "narrow")
     result = compared("--measured", two, "--profile", two / "x/profile.toml", "--out", two.with_name("page"))
     found = summary(result)
     lines = result.stderr.splitlines()

@@ -133,7 +133,7 @@ def test_dense_parts_on_the_cpu_keep_it_busy_and_not_the_gpu(joins: bool, layer_
     head, which takes 1 s, the link takes 0.25 s."""
     system = {"evict": "static-front", "place": "static", "scope": "global", "dense_follows": True}
     costs = HandCosts(cpu=2.0, copy=0.25, back=0.0, host=host(layer_s=layer_s, joins_layers=joins))
-    full = entry("split", trace_of([[[0, 1], [2, 3]]]), costs=costs, **system)
+    full = entry("split", trace_of([[[0, 1], [2, 3]]]), slots=4, costs=costs, **system)
     lean = Entry(full.preset, RunResult(**{**vars(full.run), "events": full.run.events.iloc[:0]}), full.costs)
     assert full.run.tokens["end_s"].max() == pytest.approx(token_s)
     wanted = {"gpu": 4 / token_s, "cpu": 5 / token_s, "link": 0.25 / token_s}
@@ -218,9 +218,10 @@ def test_unequal_memory_is_refused() -> None:
     buffers = entry("buffers", trace, slots=5, scope="global", holds="two layers")
     with pytest.raises(InputError, match="got 600 bytes for small and 700 for buffers"):
         side_by_side([entry("small", trace), buffers])
-    less = entry("less", trace, slots=1, scope="global", holds="nothing")
+    less = entry("less", trace, slots=0, scope="global", holds="nothing")
     records = side_by_side([entry("small", trace), less])
     assert [one["fills_budget"] for one in records] == [True, False]
+    assert [one["gpu_bytes"] for one in records] == [600, 200], "staging slots count where nothing else is held"
 
 
 def test_other_work_is_refused() -> None:
@@ -266,6 +267,7 @@ def test_who_holds_as_much_as_the_others_is_no_exception(records: list[dict[str,
     assert verdicts([*fair, outside])[0] == given
     assert verdicts([*fair, {**outside, "gpu_bytes": 500}])[0] == f"{given}; but outside holds 4 in 500 B"
     assert verdicts([*fair, {**outside, "resident_experts": 3}])[0] == f"{given}; but outside holds 3"
+    assert verdicts([*fair, {**outside, "resident_experts": 0}])[0] == f"{given}; but outside holds none"
 
 
 def test_every_kind_of_bound_is_named_whoever_comes_first(records: list[dict[str, Any]]) -> None:

@@ -65,3 +65,8 @@ def test_a_small_validation_from_end_to_end(tmp_path: Path) -> None:
     assert figures(Tables.load(out))["overall"]["median"] == pytest.approx(told["overall"]["median"])
     again = run(*words, "--json")
     assert json.loads(again.stdout)["overall"] == told["overall"]
+
+
+def test_the_help_says_that_systems_may_be_ones_own() -> None:
+    text = " ".join(run("validate", "--help").stdout.replace("│", " ").split())
+    assert "Published systems, or TOML files of your own, separated by commas" in text

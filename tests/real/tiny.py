@@ -36,7 +36,7 @@ _BASE: dict[str, Any] = {
     "expert_bits": 32,
 }
 _LATENT = 32 * 20 + 16 * 4 * 16 + 32 * 32  # all but the query's
-_DEEPSEEK = {"layers": 3, "dense_width": 24, "kv_heads": 4, "kv_elements": 20, "shared_width": 32}
+_DEEPSEEK = {"layers": 3, "dense_width": 24, "kv_heads": 4, "query_head_dim": 12, "kv_elements": 20, "shared_width": 32}
 SPECS: dict[str, ModelSpec] = {
     model_type: ModelSpec(name=f"tiny-{model_type}", **{**_BASE, **fields})
     for model_type, fields in {

@@ -145,6 +145,30 @@ def test_a_table_of_another_model_or_of_nobody_knows_which_is_noted(tmp_path: Pa
         ComputeTable.load(path)
 
 
+def test_experts_in_another_format_than_the_tables_are_noted(tmp_path: Path) -> None:
+    machine, spec = catalogue.hardware("rtx4090-pcie4"), catalogue.model("mixtral-8x7b")
+    path = tmp_path / "t.csv"
+    header, *rows = CSV.splitlines()
+
+    def notes(model_quant: str, table_quant: str) -> list[str]:
+        path.write_text("\n".join([f"{header},model,quant", *(f"{row},mixtral-8x7b,{table_quant}" for row in rows)]))
+        return TableCosts(spec.with_experts_in(model_quant), machine, ComputeTable.load(path)).notes
+
+    assert notes("bf16", "") == notes("fp16", "") == notes("int4", "INT4") == notes("bf16", "bf16") == []
+    assert notes("int4", "") == [
+        f"{path} does not say in what its experts were kept (column quant; bf16 is assumed), and is taken for experts "
+        "of 4.25 bits a weight"
+    ]
+    assert notes("bf16", "int8") == [
+        f"{path} was measured on experts in int8, and is taken for experts of 16 bits a weight"
+    ]
+    with pytest.raises(InputError, match=r"t\.csv: quant must be a known name, got 'int5' \(did you mean int"):
+        notes("bf16", "int5")
+    path.write_text("\n".join([f"{header},quant", *(f"{row},{place}" for place, row in enumerate(rows))]))
+    with pytest.raises(InputError, match=r"t\.csv: quant must be the same in all rows, got 0, 1, 2, 3"):
+        ComputeTable.load(path)
+
+
 def test_experts_outside_the_columns_are_noted() -> None:
     table = ComputeTable.of("by hand", ROWS, "switch-base-8")
     (note,) = notes_of(table, "switch-base-8")

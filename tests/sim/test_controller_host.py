@@ -183,17 +183,17 @@ def test_write_backs_decide_nothing(write_back: bool) -> None:
 # Dense work that follows the experts.
 
 
-def test_a_layer_without_preloaded_experts_runs_on_the_cpu() -> None:
+def test_a_layer_that_is_not_preloaded_as_a_whole_runs_on_the_cpu() -> None:
     trace = trace_of([[[0], [0], [3], [2]]])
     system = {"evict": "static-front", "place": "fetch", "scope": "global", "dense_follows": True}
     controller = controller_of(trace, 7, **system)
     assert controller.layers_on_cpu == frozenset()
     controller.preload()
-    assert controller.layers_on_cpu == {2, 3}, "seven slots hold the first layer, and three experts of the second"
+    assert controller.layers_on_cpu == {1, 2, 3}, "seven slots hold the first layer, and the second as a part only"
     result = run(trace, 7, **system)
-    assert [*result.layers["cpu_experts"]] == [0, 0, 1, 1], "whatever the placement says"
+    assert [*result.layers["cpu_experts"]] == [0, 1, 1, 1], "whatever the placement says"
     dense = result.events[result.events["kind"] == "dense"].sort_values("layer")
-    assert [*dense["resource"]] == ["gpu", "gpu", "cpu", "cpu"]
+    assert [*dense["resource"]] == ["gpu", "cpu", "cpu", "cpu"]
 
 
 def test_dense_work_stays_on_the_gpu_unless_asked() -> None:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.costs import DENSE_KERNELS, EXPERT_KERNELS, RooflineCosts
+from sim.costs import RooflineCosts
 from sim.profile import ProfileCosts
 from sim.queues import is_contended
 from sim.spec import BITS_PER_WEIGHT, HardwareSpec, ModelSpec, catalogue
-from sim.spec.overrides import overridden
+from sim.spec.overrides import overridden, overridden_model
 from tests.sim.test_profile import profile as profile_by_hand
 from traces.errors import InputError
 
@@ -82,10 +82,20 @@ def test_efficiencies_scale_the_nominal_rates() -> None:
 def test_the_regime_says_what_a_kernel_costs(regime: str, kernel_s: float) -> None:
     bare = costs()
     launched = costs(regime=regime, gpu={"launch_s": 0.25, "graph_launch_s": 0.125})
-    assert launched.gpu_expert_s(1) - bare.gpu_expert_s(1) == pytest.approx(EXPERT_KERNELS * kernel_s)
-    assert launched.dense_s(1, 1) - bare.dense_s(1, 1) == pytest.approx(DENSE_KERNELS * kernel_s)
-    assert launched.head_s(1, 1) - bare.head_s(1, 1) == pytest.approx((2 + DENSE_KERNELS) * kernel_s)
+    assert launched.gpu_expert_s(1) - bare.gpu_expert_s(1) == pytest.approx(3 * kernel_s)
+    assert launched.dense_s(1, 1) - bare.dense_s(1, 1) == pytest.approx(12 * kernel_s)
+    assert launched.head_s(1, 1) - bare.head_s(1, 1) == pytest.approx((2 + 12) * kernel_s)
     assert launched.lookahead_s(3) - bare.lookahead_s(3) == pytest.approx(3 * 2 * kernel_s)
+
+
+def test_how_many_kernels_there_are_is_a_users_to_say() -> None:
+    launching = machine(gpu={"launch_s": 0.25})
+    fused = RooflineCosts(MODEL, overridden(launching, {"gpu.dense_kernels": 5.0, "gpu.expert_kernels": 1.0}))
+    assert fused.gpu_expert_s(1) - costs().gpu_expert_s(1) == pytest.approx(1 * 0.25)
+    assert fused.dense_s(1, 1) - costs().dense_s(1, 1) == pytest.approx(5 * 0.25)
+    assert fused.head_s(1, 1) - costs().head_s(1, 1) == pytest.approx((2 + 5) * 0.25)
+    with pytest.raises(InputError, match=r"^gpu_expert_kernels must be a valid integer.*, got 1\.5$"):
+        overridden(launching, {"gpu.expert_kernels": 1.5})
 
 
 def test_a_captured_layer_is_one_submission_of_the_host() -> None:
@@ -214,6 +224,23 @@ def test_no_machine_of_the_catalogue_is_short_of_memory_bandwidth(name: str) -> 
     assert not is_contended(RooflineCosts(MODEL, catalogue.hardware(name)))
 
 
+@pytest.mark.parametrize(
+    ("cpu", "link", "factor"),
+    [
+        ("ryzen9950x3d", "pcie5-x16", (54 + 50.9) / 89.6),
+        ("i9-13900h", "pcie5-x16", (48 + 50.9) / 83.2),
+        ("ryzen9950x3d", "pcie4-x16", 1.0),
+        ("epyc9374f", "pcie5-x16", 1.0),
+        ("xeon8559c", "pcie5-x16", 1.0),
+    ],
+)
+def test_a_desktop_with_a_fast_link_is_short_of_memory_bandwidth(cpu: str, link: str, factor: float) -> None:
+    sharing = RooflineCosts(MODEL, catalogue.hardware(f"rtx4090+{cpu}+{link}"))
+    assert sharing.slowdown("cpu", frozenset({"link"})) == pytest.approx(factor)
+    assert sharing.slowdown("link", frozenset({"cpu"})) == pytest.approx(factor)
+    assert is_contended(sharing) == (factor > 1)
+
+
 def test_a_layer_outside_its_experts_reads_its_weights_and_its_cache() -> None:
     weights = ATTENTION + 100 * (4 + 3 * 20 + 2)
     cache_bytes = 7 * 2 * 5 * 20 * 2
@@ -229,6 +256,24 @@ def test_a_prompts_tokens_attend_to_those_before_them_and_to_themselves() -> Non
     assert bound.dense_s(4, 10) == pytest.approx((2 * 4 * weights + 4 * (7 + 8 + 9 + 10) * 5 * 20) / 1e7), "a chunk"
     assert bound.dense_s(4, 4, 2) == pytest.approx((2 * 4 * weights + 4 * 2 * (3 + 4) * 5 * 20) / 1e7), "two lanes"
     assert bound.dense_s(4, 4, 4) == pytest.approx((2 * 4 * weights + 4 * 4 * 4 * 5 * 20) / 1e7), "one token each"
+
+
+def test_queries_and_keys_with_a_rotary_part_of_their_own_are_wider_than_values() -> None:
+    weights = ATTENTION + 100 * (4 + 3 * 20 + 2)
+    latent = MODEL.model_copy(update={"query_head_dim": 30})
+    bound = costs(latent, gpu={"bytes_per_s": 1e12})  # by arithmetic alone
+    assert bound.dense_s(4, 4) == pytest.approx((2 * 4 * weights + 2 * 10 * 5 * (30 + 20)) / 1e7)
+    assert costs(latent).dense_s(1, 7) == costs().dense_s(1, 7), "one token, bound by memory"
+
+
+def test_a_context_may_cost_nothing() -> None:
+    weights = ATTENTION + 100 * (4 + 3 * 20 + 2)
+    free = overridden_model(MODEL, {"context_costs": False})
+    assert costs(free).dense_s(1, 7) == costs(free).dense_s(1, 700) == pytest.approx(2 * weights / 1e6)
+    assert costs(free, gpu={"bytes_per_s": 1e12}).dense_s(4, 4) == pytest.approx(2 * 4 * weights / 1e7)
+    assert costs(free).head_s(1, 7) == costs(free).head_s(1, 700)
+    assert costs(free).cpu_dense_s(1, 7) == costs(free).cpu_dense_s(1, 700)
+    assert free.kv_bytes_per_token == MODEL.kv_bytes_per_token
 
 
 def test_every_lane_has_a_cache_of_its_own_to_read() -> None:

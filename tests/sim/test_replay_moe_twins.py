@@ -23,7 +23,7 @@ OPTIONS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "ewma-reuse": st.fixed_dictionaries({"beta": st.floats(0.01, 1)}),
     "lowest-layer": st.just({}),
     "blend": st.fixed_dictionaries({name: st.floats(0, 1) for name in ("freshness", "regularity", "height")}),
-    "eam": st.just({}),
+    "eam": st.fixed_dictionaries({"as_released": st.booleans()}),
     "hobbit": st.fixed_dictionaries(
         {name: st.floats(0, 1) for name in ("recency", "frequency", "high_precision", "layer")}
     ),

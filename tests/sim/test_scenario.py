@@ -61,7 +61,10 @@ def test_a_context_shorter_than_the_trace_is_refused(trace: str) -> None:
 
 
 def test_a_limit_that_cannot_work_names_the_shortfall(trace: str) -> None:
-    with pytest.raises(InputError, match=r"gpu-memory must be at least .* got 1073741824"):
+    told = (
+        r"GB = .* dense \+ .* KV of 1 x 14 tokens \+ .* staging \+ .* experts: one .*, got 1073741824, \S+ .B too few$"
+    )
+    with pytest.raises(InputError, match=rf"^gpu-memory must be at least \d+ bytes \(\S+ {told}"):
         scenario(trace, gpu_memory="1GiB").prepare()
 
 
@@ -152,3 +155,14 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
 def test_numbers_of_the_model_can_be_changed(trace: str) -> None:
     halved = scenario(trace, model_set={"expert_bits": 8.0}).prepare()
     assert halved.model.expert_bytes * 2 == scenario(trace).prepare().model.expert_bytes
+
+
+def test_a_desktops_copies_and_cpu_experts_slow_each_other_down(trace: str) -> None:
+    """Fetching in part and computing in part, over a link with which the CPU asks for more than its memory gives."""
+    both = {"system": Preset(system=SystemSpec(place="hybrimoe")), "hardware": "rtx4090+ryzen9950x3d+pcie5-x16"}
+    shared = scenario(trace, **both).prepare().run(events=False)
+    apart = scenario(trace, **both, hardware_set={"cpu_shared_gb_per_s": 0.0}).prepare().run(events=False)
+    token = "time_per_output_token_p50_s"
+    assert shared.headline()["misses_fetched"] > 0
+    assert shared.headline()["cpu_experts"] > 0
+    assert 1.0 < shared.headline()[token] / apart.headline()[token] < (54 + 50.9) / 89.6

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from sim.policies import EVICTION, PLACEMENT, PREFETCH
 from sim.spec.catalogue import first_fault
-from sim.systems import STAGING_SLOTS, Budget, SystemSpec, budget_for_memory, parse_capacity
+from sim.systems import Budget, SystemSpec, parse_capacity
 from traces.errors import InputError
 
 
@@ -70,26 +70,6 @@ def test_a_capacity_that_makes_no_sense_is_refused(text: str, message: str) -> N
     with pytest.raises(InputError) as caught:
         parse_capacity(text, layers=8, experts=32)
     assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(("scope", "pools"), [("layer", 8), ("global", 1)])
-def test_memory_buys_slots_to_the_byte(scope: str, pools: int) -> None:
-    sizes = {"layers": 8, "experts": 32, "expert_bytes": 1000, "outside_bytes": 500, "scope": scope}
-    exact = 500 + STAGING_SLOTS * 1000 + pools * 5 * 1000
-    assert budget_for_memory(exact, **sizes).slots == 5
-    assert budget_for_memory(exact - 1, **sizes).slots == 4
-    assert budget_for_memory(10**9, **sizes).slots == 8 * 32 // pools
-
-
-@pytest.mark.parametrize(("scope", "pools", "held"), [("layer", 8, "expert a layer"), ("global", 1, "expert")])
-def test_too_little_memory_is_refused_with_the_least_that_would_do(scope: str, pools: int, held: str) -> None:
-    sizes = {"layers": 8, "experts": 32, "expert_bytes": 1000, "outside_bytes": 500, "scope": scope}
-    least = 500 + (pools + STAGING_SLOTS) * 1000
-    with pytest.raises(
-        InputError, match=rf"^gpu-memory must be at least {least} bytes .* and one {held} of 1000 .* got {least - 1}$"
-    ):
-        budget_for_memory(least - 1, **sizes)
-    assert budget_for_memory(least, **sizes).slots == 1
 
 
 @pytest.mark.parametrize(

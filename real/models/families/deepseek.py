@@ -44,6 +44,7 @@ class DeepseekV2(Family):
         return {
             "shared_width": config.n_shared_experts * config.moe_intermediate_size,
             "head_dim": config.v_head_dim,
+            "query_head_dim": config.qk_nope_head_dim + config.qk_rope_head_dim,
             "kv_elements": rank + config.qk_rope_head_dim,
             "projection_elements": query
             + latent

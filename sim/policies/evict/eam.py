@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,12 +18,16 @@ class Eam(EvictionPolicy):
 
     Block (i, e) while layer l runs: visits(i, e) / sum of all visits; M[i, e] / sum of row i, over the L rows, where M
     counts the tokens of the request so far and an empty row is uniform; near(i) = 1 - ((i - l) mod L) / L, over its
-    sum E * (L + 1) / 2. To each of the three 1e-6 is added. A visit is an event that used the block; visits are kept
-    over the whole run. Source: MoE-Infinity, arXiv 2401.14361, and its released code, which gives layers that have
-    already run the nearness 1: not repeated here.
+    sum over all blocks, E * (L + 1) / 2. To each of the three 1e-6 is added. A visit is an event that used the block;
+    visits are kept over the whole run. Source: MoE-Infinity, arXiv 2401.14361, and its released code.
+
+    With the option ``as_released``, that code's nearness, which favours what has just run and what is far away:
+    near(i) = 1 for the layers up to l, i / (L + 1) for those after it, over its sum. It halves the layers into an
+    encoder's and a decoder's; here all are a decoder's.
     """
 
     name: ClassVar[str] = "eam"
+    defaults: ClassVar[Mapping[str, Any]] = {"as_released": False}
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
@@ -54,8 +58,15 @@ class Eam(EvictionPolicy):
         layer = chosen // experts
         row = self._rows[layer]
         share = np.where(row > 0, self._tokens[chosen] / np.maximum(row, 1), 1.0 / experts)
-        near = 1.0 - ((layer - self._layer) % layers) / layers
         worth = self._visits[chosen] / max(self._total, 1) + FLOOR
-        worth = worth * (share / layers + FLOOR) * (near / (experts * (layers + 1) / 2) + FLOOR)
+        worth = worth * (share / layers + FLOOR) * (self._near(layer) + FLOOR)
         scores: list[float] = worth.tolist()
         return scores
+
+    def _near(self, layer: Any) -> Any:
+        """The share of each of these layers' blocks in the nearness of all."""
+        layers, experts, now = self.context.layers, self.context.experts, self._layer
+        if self.options["as_released"]:
+            later = (layers * (layers - 1) - now * (now + 1)) / 2 / (layers + 1)
+            return np.where(layer > now, layer / (layers + 1), 1.0) / (experts * (now + 1 + later))
+        return (1.0 - ((layer - now) % layers) / layers) / (experts * (layers + 1) / 2)

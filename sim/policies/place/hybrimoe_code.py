@@ -12,9 +12,14 @@ class HybriMoeCode(PlacementPolicy):
 
     The GPU would take the first, the CPU the last; whoever would end sooner takes it, a tie goes to the GPU. For a
     missing expert the GPU waits for its copy, which begins when the one before has ended; a copy is booked on the link
-    only when the GPU takes its expert. Source: the released code of arXiv 2504.05897, decode; applied to prefill as
-    well, where that code sends every expert to the GPU. Departure: what is being prefetched counts as resident, and is
-    waited for.
+    only when the GPU takes its expert. Source: the released code of arXiv 2504.05897, decode.
+
+    Their constants are terms of the machine's costs here: the CPU's intercept is what a layer's first expert takes
+    longer there, and is paid once. The GPU's intercept, paid when it is idle, has no term of its own: a GPU expert's
+    launch is part of ``gpu_expert_s`` of every expert, and what an idle GPU would take longer to begin counts nothing.
+
+    Departures: applied to prefill as well, where that code sends every expert to the GPU; what is being prefetched
+    counts as resident, and is waited for.
     """
 
     name: ClassVar[str] = "hybrimoe-code"

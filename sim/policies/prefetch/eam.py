@@ -25,8 +25,11 @@ class EamPrefetch(PrefetchPolicy):
     An activation matrix M [L, E] counts the tokens that were routed to each expert. The matrices of ended requests make
     up the library, after those of a calibration trace where there is one. Nearest is the one with the highest mean
     cosine between its rows and those of M, over the rows that M has already (equal ones: the first in the library). T
-    has its rows divided by their sums. Source: MoE-Infinity, arXiv 2401.14361; its released code compares the rows that
-    are still to come, which is not repeated here.
+    has its rows divided by their sums. Source: MoE-Infinity, arXiv 2401.14361.
+
+    With the option ``as_released``, its released code's comparison, which masks the rows that have run in this pass and
+    not those still to come: only rows after l count, as earlier passes of the request left them. In its first pass
+    there are none, all matrices are equally near, and the first of the library is taken.
 
     Chosen here: a library of ``library`` matrices in which the newest takes the place of the oldest, where the paper
     clusters; an empty row of T counts as uniform; no prediction without a row or a library; at an event ``most``
@@ -35,7 +38,7 @@ class EamPrefetch(PrefetchPolicy):
     """
 
     name: ClassVar[str] = "eam"
-    defaults: ClassVar[Mapping[str, Any]] = {"library": 1000, "most": 0, "ahead": 0}
+    defaults: ClassVar[Mapping[str, Any]] = {"library": 1000, "most": 0, "ahead": 0, "as_released": False}
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
@@ -73,7 +76,8 @@ class EamPrefetch(PrefetchPolicy):
         if not self._known or not self._tokens.any():
             return ()
         left, wanted = self.options["most"] or 2 * self.context.top_k, []
-        for block in self._order(int(np.argmax(self._sums[: self._known])), view.layer):
+        nearness = self._cosines[view.layer + 1 :].sum(axis=0) if self.options["as_released"] else self._sums
+        for block in self._order(int(np.argmax(nearness[: self._known])), view.layer):
             wanted.append(block)
             left -= not view.is_there(block)
             if not left:
