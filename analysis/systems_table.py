@@ -117,8 +117,8 @@ def _memory(records: Sequence[dict[str, Any]]) -> str:
         if (one["resident_experts"], one["gpu_bytes"]) != (experts, size)
     ]
     line = (
-        f"equal for all: {text.binary_bytes(given[0]['gpu_bytes'])} of GPU memory, {given[0]['resident_experts']:,} "
-        "experts resident"
+        f"equal for all: {text.binary_bytes(given[0]['gpu_bytes'])} of GPU memory, room for "
+        f"{given[0]['resident_experts']:,} experts"
     )
     return f"{line}; but {', '.join(others)}" if others else line
 

@@ -72,10 +72,10 @@ def budget_for_memory(
     least = MemoryPlan.of(model, Budget(slots=1), scope=scope, **sizes)
     spare = memory_bytes - least.total_bytes
     if spare < 0:
-        held = "one expert" if scope == "global" else "one expert a layer"
+        held = f"one expert{'' if scope == 'global' else ' a layer'} of {shown_bytes(model.expert_bytes)}"
         raise InputError(
-            f"gpu-memory must be at least {least.total_bytes} bytes ({least.told()}: {held} of "
-            f"{shown_bytes(model.expert_bytes)}), got {memory_bytes}, {shown_bytes(-spare)} too few"
+            f"gpu-memory must be at least {least.total_bytes} bytes ({least.told()}: {held}, whatever a system keeps), "
+            f"got {memory_bytes}, {shown_bytes(-spare)} too few"
         )
     most = model.experts * (model.moe_layers if scope == "global" else 1)
     return Budget(slots=min(1 + spare // least.experts_bytes, most))

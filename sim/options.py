@@ -19,7 +19,7 @@ from sim.presets import Preset, find_preset, preset_names
 from sim.printing import console_for
 from sim.results import RunResult
 from sim.spec import catalogue
-from sim.systems import KINDS, Constant, SystemSpec, implied_by, loads_beforehand, no_constant
+from sim.systems import KINDS, Constant, SystemSpec, loads_beforehand, no_constant
 from traces import store
 from traces.errors import InputError, unknown_name
 from traces.schema import Trace
@@ -111,8 +111,6 @@ def system_of(
         changes[kind] = text
     if "evict" in changes and loads_beforehand(changes["evict"]):  # it brings the set that the cache starts with
         changes["starts_with"] = ""
-    if base.name and "evict" in changes:
-        changes |= {field: value for field, value in implied_by(changes["evict"]).items() if field not in changes}
     fields = base.system.model_dump() | changes
     fields["options"] = {kind: values for kind, values in fields["options"].items() if kind not in changes}
     if base.name and changes:

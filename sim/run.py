@@ -15,6 +15,7 @@ from sim.costs import Costs
 from sim.engine import Engine, Predictions
 from sim.needs import check_needs, learned_digest
 from sim.policies.base import Calibration
+from sim.policies.evict.static_front import StaticFront
 from sim.profile import ProfileCosts
 from sim.results import RunInfo, RunResult
 from sim.systems import Budget, SystemSpec
@@ -214,8 +215,10 @@ def _notes(controller: OffloadController, scored: bool) -> list[str]:
         notes.append(f"one device alone was quicker than the schedule of {system.place} in {layers}, and was used")
     if system.place == "static" and not controller.preloaded and system.prefetch == "none":
         notes.append("static: nothing is loaded beforehand and nothing is ever copied, so that the CPU computes it all")
+    if system.evict == StaticFront.name and system.scope == "layer":
+        notes.append("static-front: in a pool for each layer its lowest experts; with --scope global whole layers")
     empty = controller.budget.total(controller.shape.layers, system.scope) - controller.preloaded
-    if system.dense_follows and system.prefetch == "none" and empty:
+    if system.dense_follows and system.prefetch == "none" and 0 < empty < controller.shape.experts:
         notes.append(f"{empty:,} slots stay empty, as they would hold a part of a layer only")
     if system.deferral:
         notes.append(

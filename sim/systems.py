@@ -22,7 +22,6 @@ from sim.policies import (
     PrefetchPolicy,
 )
 from sim.policies.base import Policy, check_constants
-from sim.policies.evict.static_front import StaticFront
 from traces.errors import InputError, unknown_name
 
 STAGING_SLOTS = 2
@@ -171,12 +170,6 @@ class SystemSpec(BaseModel):
         constants = [f"{kind}.{name} {value}" for kind, own in self.options.items() for name, value in own.items()]
         told = f" with {', '.join(constants)}" if constants else ""
         return " + ".join(part.rpartition(":")[2] for part in parts) + told
-
-
-def implied_by(evict: str) -> dict[str, str]:
-    """Fields of a published system that follow its change to this eviction policy, where they are not given, too: the
-    first layers come first in one pool alone, and a pool for each layer has the lowest experts of all."""
-    return {"scope": "global"} if evict == StaticFront.name else {}
 
 
 def loads_beforehand(evict: str) -> bool:

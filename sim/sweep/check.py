@@ -16,9 +16,8 @@ from sim.spec.profile import Profile
 from sim.sweep.keys import trace_of
 from sim.systems import KINDS, SystemSpec, parse_capacity
 from sim.target import model_for, parse_bytes
-from traces.batching import BatchSpec
+from traces.batching import POISSON, BatchSpec
 from traces.errors import InputError
-from traces.schedule import by_sequence
 
 ANY_EXPERTS = 10**9
 """A pool that every number of slots fits: whether it fits the model is for a run to find."""
@@ -44,7 +43,7 @@ def _looks(one: Scenario) -> list[tuple[Hashable, Callable[[], Any]]]:
         (("trace", one.trace), partial(trace_of, one.trace)),
         (("model", one.trace, one.model, one.quant, *one.model_set.items()), lambda: _model(one)),
         (("hardware", one.hardware, *one.hardware_set.items()), lambda: _hardware(one)),
-        (("arrivals", one.trace, one.arrivals, one.rate_per_s), lambda: _arrivals(one)),
+        (("arrivals", one.arrivals, one.rate_per_s), lambda: _arrivals(one)),
         (("system", one.system.system.model_dump_json()), lambda: _check_constants(one.system.system)),
     ]
     given: dict[str, Callable[[Any], Any]] = {
@@ -78,8 +77,10 @@ def _check_share(recall: float) -> None:
 
 
 def _arrivals(one: Scenario) -> None:
+    """Whether there are as many as a trace has sequences, and not all at once, is for a run to find."""
     spec = BatchSpec.of(**{field: getattr(one, field) for field in BatchSpec.model_fields})
-    spec.arrivals_for(len(by_sequence(trace_of(one.trace)).starts))
+    own = spec if spec.arrivals == POISSON else spec.model_copy(update={"rate_per_s": None})
+    own.arrivals_for(1)
 
 
 class _Nothing:

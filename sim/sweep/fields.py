@@ -15,7 +15,7 @@ from sim.scenario import Scenario
 from sim.spec.faults import first_fault
 from sim.spec.model import ModelSpec
 from sim.spec.overrides import hardware_settings
-from sim.systems import KINDS, SystemSpec, implied_by, no_constant
+from sim.systems import KINDS, SystemSpec, no_constant
 from traces.errors import InputError, unknown_name
 
 SETS = {"model": "model_set", "hardware": "hardware_set"}
@@ -110,8 +110,6 @@ def _system(settings: Mapping[str, Any]) -> Preset:
     if base is not None and not isinstance(base, str):
         raise InputError(f"system must be the name of a system, or a TOML file, got {base!r}")
     preset = Preset(system=SystemSpec()) if base is None else find_preset(base)
-    if preset.name and "evict" in changes:
-        changes = implied_by(changes["evict"]) | changes
     own = {field: value for field, value in changes.items() if not field.startswith("options.")}
     fields = preset.system.model_dump() | own
     fields["options"] = {kind: values for kind, values in fields["options"].items() if kind not in own}

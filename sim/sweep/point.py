@@ -102,7 +102,7 @@ ROUTED = ("trace", "batch", "batching", "prefill_chunk", "arrivals", "rate_per_s
 
 _DEMANDS: dict[tuple[str, int], Demand] = {}
 """What this process has had to do before, latest last: points that differ in policies or machine share it."""
-MOST_DEMANDS = 8
+MOST_DEMANDS = 32
 _DEMANDS_LOCK = threading.Lock()
 """A worker of Dask runs points in several threads."""
 

@@ -252,7 +252,7 @@ def test_the_tables_have_a_row_a_system_the_quickest_first(records: list[dict[st
 
 def test_the_sentences_say_what_was_equal_and_who_is_alike(records: list[dict[str, Any]]) -> None:
     memory, best, bound, caveat = verdicts(records)
-    assert memory == "equal for all: 600 B of GPU memory, 4 experts resident; but ceiling holds 8"
+    assert memory == "equal for all: 600 B of GPU memory, room for 4 experts; but ceiling holds 8"
     assert best == "quickest without knowing the future: fetching; not distinguishable from it: same"
     assert bound.startswith("no system can take less than ")
     assert "too narrow" in caveat
@@ -262,7 +262,7 @@ def test_the_sentences_say_what_was_equal_and_who_is_alike(records: list[dict[st
 
 def test_who_holds_as_much_as_the_others_is_no_exception(records: list[dict[str, Any]]) -> None:
     outside = dict(by_name(records, "slow"), system="outside", fills_budget=False)
-    given = "equal for all: 600 B of GPU memory, 4 experts resident"
+    given = "equal for all: 600 B of GPU memory, room for 4 experts"
     fair = [one for one in records if one["role"] != "no limit"]
     assert verdicts([*fair, outside])[0] == given
     assert verdicts([*fair, {**outside, "gpu_bytes": 500}])[0] == f"{given}; but outside holds 4 in 500 B"

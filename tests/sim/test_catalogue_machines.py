@@ -43,11 +43,11 @@ def test_a_cpu_reaches_the_bandwidth_of_its_source(name: str, rates: float) -> N
 
 @pytest.mark.parametrize("name", catalogue.part_names("cpu"))
 def test_every_cpu_has_a_rate_for_int8_that_fits_its_vector_units(name: str) -> None:
-    """Four times the fp32 operations of the same units; AMX has another source, and the Xeon 5220R's is eight times."""
+    """Four times the fp32 operations of the same units; AMX has another source."""
     cpu = catalogue.hardware(f"rtx4090+{name}+pcie4-x16").cpu
     assert cpu.int8_ops_per_s > cpu.reached_flops_per_s
-    if "AMX" not in cpu.source and "5220r" not in name:
-        assert cpu.int8_ops_per_s == pytest.approx(4 * cpu.reached_flops_per_s, rel=2e-3)
+    if "AMX" not in cpu.source:
+        assert cpu.int8_ops_per_s == pytest.approx(4 * cpu.reached_flops_per_s, rel=1e-2)
         nominal = r"(\d+) cores \* ([\d.]+) GHz .* int8: the same with (\d+) operations a cycle"
         (found,) = re.findall(nominal, cpu.source)
         assert cpu.int8_ops_per_s == pytest.approx(1e9 * math.prod(map(float, found)) / 2, rel=3e-3)

@@ -9,7 +9,6 @@ import pytest
 
 from sim.options import system_of
 from sim.presets import Preset, find_preset, preset, preset_names
-from sim.sweep.fields import scenarios_of
 from sim.systems import Budget, SystemSpec
 from tests.sim.hand import misses_by_step, run, trace_of
 from traces.errors import InputError
@@ -111,18 +110,19 @@ def test_only_systems_that_could_be_built_and_compute_the_model_compete(found: P
 
 def test_front_loading_is_the_first_layers_of_one_pool() -> None:
     """kTransformers' third placement: with a pool for each layer it would be the lowest experts of every layer."""
-    front = system_of("ktransformers", evict="static-front")
-    assert (front.system.scope, front.name) == ("global", "ktransformers with evict static-front, scope global")
+    front = system_of("ktransformers", evict="static-front", scope="global")
     assert front.fitted(calibrated=False) == (front.system, []), "it needs no calibration trace"
-    assert system_of("ktransformers", evict="static-front", scope="layer").system.scope == "layer"
-    assert system_of("ktransformers", evict="static-uniform").system.scope == "layer"
-    assert system_of(evict="static-front").system.scope == "layer", "who builds a system says how"
-    (point,) = scenarios_of([{"trace": "mixed", "system": "ktransformers", "system.evict": "static-front"}], Path())
-    assert point.system.system.scope == "global"
-    assert "--evict static-front" in preset("ktransformers").leaves_out
+    assert "--evict static-front --scope global" in preset("ktransformers").leaves_out
     trace = trace_of([[[0, 1], [0, 1]], [[2, 3], [2, 3]]])
     fields = front.system.model_dump()
     assert misses_by_step(run(trace, 4, **fields)) == [[0, 2], [0, 2]]
+
+
+def test_front_loading_with_a_pool_for_each_layer_is_told() -> None:
+    trace = trace_of([[[0, 1], [0, 1]], [[2, 3], [2, 3]]])
+    told = "static-front: in a pool for each layer its lowest experts; with --scope global whole layers"
+    assert told in run(trace, 2, evict="static-front", place="static").info.notes
+    assert told not in run(trace, 2, evict="static-front", place="static", scope="global").info.notes
 
 
 def test_a_file_takes_over_what_it_leaves_out(system_file: Callable[[str], str]) -> None:

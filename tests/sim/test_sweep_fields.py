@@ -114,16 +114,6 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path, settings: dict[
     assert "\n" not in str(caught.value)
 
 
-def test_a_rate_for_recorded_arrivals_is_judged_by_those_of_the_trace(tmp_path: Path) -> None:
-    (tmp_path / "times.csv").write_text("arrival_s\n0\n1.5\n1.5\n")
-    (tmp_path / "alike.csv").write_text("arrival_s\n2\n2\n")
-    own = {"arrivals": "times.csv", "batching": "continuous", "batch": 2}
-    check_values(scenarios_of(grid(tmp_path, {"rate_per_s": [2.0, 4.0]}, **own).points(), tmp_path))
-    alike = grid(tmp_path, {"rate_per_s": [2.0]}, **{**own, "arrivals": "alike.csv"})
-    with pytest.raises(InputError, match="rate_per_s must be left out where all requests arrive at once"):
-        check_values(scenarios_of(alike.points(), tmp_path))
-
-
 def test_a_grid_without_a_trace_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="trace must be given, got nothing"):
         scenarios_of([{"seed": 1}], tmp_path)

@@ -112,6 +112,17 @@ def test_requests_that_arrive_over_time_have_no_regret(tmp_path: Path) -> None:
     assert table[["bound_token_s", "regret"]].isna().all(axis=None)
 
 
+def test_recorded_arrivals_that_do_not_fit_refuse_their_points_alone(tmp_path: Path) -> None:
+    for name, times in {"two": "0\n1.5\n", "alike": "2\n2\n", "one": "0\n"}.items():
+        (tmp_path / f"{name}.csv").write_text(f"arrival_s\n{times}")
+    axes = {"arrivals": ["two.csv", "alike.csv", "one.csv"], "rate_per_s": [2.0, 4.0]}
+    table, _ = sweep(tmp_path, axes, batching="continuous", batch=2)
+    assert table.status.tolist() == ["ok"] * 2 + ["refused"] * 4
+    assert table.tokens_per_s[:2].notna().all()
+    assert table.reason[2].startswith("rate_per_s must be left out where all requests arrive at once")
+    assert "must have a time for each of 2 requests, got 1" in table.reason[4]
+
+
 def test_busy_shares_are_of_the_events(tmp_path: Path) -> None:
     wanted = grid(tmp_path, {"seed": [1]}, system="hybrimoe-code")
     table = Seen().sweep(wanted, tmp_path / "out")
