@@ -138,11 +138,17 @@ def _mark_leads(ax: Axes, stretches: Sequence[Lead], x: Axis) -> None:
             f"{sides[0]}  \N{LEFTWARDS ARROW}  {x.told(left.end)}  \N{RIGHTWARDS ARROW}  {sides[1]}",
             (left.end, 0.03 + 0.07 * row),
             xycoords=ax.get_xaxis_transform(),
-            ha="center",
+            ha=_side(ax, left.end),
             fontsize=SMALL,
             color=INK,
             bbox=BEHIND,
         )
+
+
+def _side(ax: Axes, x: float) -> str:
+    """How words at ``x`` are aligned, so that they stay within the axes."""
+    place = ax.transAxes.inverted().transform(ax.transData.transform((x, 0.0)))[0]
+    return "left" if place < 0.25 else "right" if place > 0.75 else "center"
 
 
 def crossovers(view: Shown, found: Sequence[Crossing], doubts: Sequence[str] = ()) -> Figure:

@@ -309,6 +309,20 @@ def test_notes_that_differ_in_numbers_are_one_and_others_keep_theirs(tmp_path: P
     assert kept.endswith(" points: of 7 lanes")
 
 
+@pytest.mark.parametrize("rates", [(9, 1, 1, 1), (9, 9, 1, 1), (9, 9, 9, 1)])
+def test_who_leads_is_written_within_the_axes(tmp_path: Path, rates: tuple[int, ...]) -> None:
+    rows = [{"tokens_per_s": float(rate)} for rate in (*rates, 2, 2, 2, 2)]
+    names = ["a-system-of-a-long-name", "another-of-a-long-name"]
+    picture = view(stored(tmp_path, {"system": names, LINK: LINKS}, rows))
+    figure = lines(picture, leads(picture.x.numbers or (), picture.curves(), log=True, lower=False))
+    (ax,) = figure.axes
+    figure.draw_without_rendering()
+    (words,) = [text for text in ax.texts if "GB/s" in text.get_text()]
+    box, room = words.get_window_extent(), ax.get_window_extent()
+    assert room.x0 <= box.x0
+    assert box.x1 <= room.x1
+
+
 def test_the_highest_marker_is_whole(tmp_path: Path) -> None:
     rows = [{"tokens_per_s": rate} for rate in (99.0, 99.5, 99.9, 100.0)]
     figure = lines(view(stored(tmp_path, {LINK: LINKS}, rows)))
