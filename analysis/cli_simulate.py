@@ -50,7 +50,11 @@ HardwareSet = Annotated[
 ]
 ComputeTableFile = Annotated[
     Path | None,
-    typer.Option("--compute-table", help="Measured layer times (tokens, activated_experts, time_us) for GPU experts."),
+    typer.Option(
+        "--compute-table",
+        help="Measured layer times for GPU experts: a table of tokens, activated_experts and time_us, and, if it says "
+        "so, the model and the quant that it was measured with.",
+    ),
 ]
 ProfileFile = Annotated[
     Path | None, typer.Option("--profile", help="Measured costs of `moetwin calibrate`, not a catalogue.")
