@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.halves import shape_of
+from benchmarks.pages import empty_table
 from sim.replay import Capacity, Feed, Settings
 from sim.replay.run import replay
 from sim.replay.settings import Contract
@@ -137,7 +138,7 @@ def shown(figures: Mapping[str, list[Row]]) -> str:
 def shown_rates(rows: Iterable[Row]) -> str:
     """MRS, LRU and points between them, under both contracts, and as published."""
     heads = ("cache", "all at once", "one by one", "published")
-    table = _table("Percent of hits: MRS / LRU, points between them", "routing", *heads)
+    table = empty_table("Percent of hits: MRS / LRU, points between them", "routing", *heads)
     for row in rows:
         published = PUBLISHED.get((row["routing"], row["cache"]))
         table.add_row(row["routing"], row["cache"], *map(_cell, (row["atomic"], row["serial"], published)))
@@ -148,7 +149,7 @@ def shown_sweep(rows: Iterable[Row]) -> str:
     """Points of MRS over LRU by overlap."""
     heads = ("neighbours\nshare", "any two\nshare", "at once", f"at once,\nalpha {LONGER_ALPHA}")
     title = f"Points of MRS over LRU at 25 %, {SWEPT}, by what lasts"
-    table = _table(title, "routing", *heads, "one by one")
+    table = empty_table(title, "routing", *heads, "one by one")
     for row in rows:
         points = [f"{row[way][0] - row[way][1]:+.1f}" for way in ("atomic", "longer", "serial")]
         table.add_row(row["routing"], f"{row['neighbours']:.2f}", f"{row['any two']:.2f}", *points)
@@ -160,14 +161,6 @@ def _cell(found: Iterable[float] | None) -> str:
         return "-"
     mrs, lru = found
     return f"{mrs:.1f} / {lru:.1f} {mrs - lru:+.1f}"
-
-
-def _table(title: str, name: str, *figures: str) -> Table:
-    table = Table(title=title, box=None, pad_edge=False)
-    table.add_column(name)
-    for figure in figures:
-        table.add_column(figure, justify="right")
-    return table
 
 
 def _text(table: Table) -> str:

@@ -18,7 +18,6 @@ speed-ups are then predicted, as none was used.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping
@@ -52,7 +51,7 @@ from benchmarks.hybrimoe_runs import (
     times_of,
     write_routing,
 )
-from benchmarks.pages import refresh
+from benchmarks.pages import empty_table, publish
 from sim.presets import preset
 from sim.spec import catalogue
 from traces import store
@@ -176,12 +175,7 @@ def main(
         "texts": by_texts(law),
         "hit_rates": hit_rates.measured(law),
     }
-    if out is not None:
-        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    printed = shown(json.loads(json.dumps(figures)))
-    if page is not None:
-        refresh(page, "hybrimoe", printed)
-    print(printed)
+    publish(figures, "hybrimoe", shown, out=out, page=page)
 
 
 def measured(parallel: Parallel, folder: Path) -> dict[str, Any]:
@@ -297,14 +291,14 @@ def _each_by_its_own(by_phase: Mapping[str, Ratios]) -> Ratios:
 
 
 def _by_setting(found: Mapping[str, Times]) -> Table:
-    table = _table(f"HybriMoE, times as fast as KTransformers, on {MACHINE}", "setting", "decode", *PREFILLS)
+    table = empty_table(f"HybriMoE, times as fast as KTransformers, on {MACHINE}", "setting", "decode", *PREFILLS)
     for setting, times in found.items():
         table.add_row(setting, *(f"{times[what]:.2f}" for what in ("decode", *PREFILLS)))
     return table
 
 
 def _by_length(title: str, found: Mapping[str, Mapping[str, Times]]) -> Table:
-    table = _table(title, "constants", *map(str, PROMPTS), "mean")
+    table = empty_table(title, "constants", *map(str, PROMPTS), "mean")
     for name, one in found.items():
         (times,) = one.values()
         table.add_row(name, *(f"{times[what]:.2f}" for what in PREFILLS), f"{mean_of(one, 'prefill'):.2f}")
@@ -312,7 +306,7 @@ def _by_length(title: str, found: Mapping[str, Mapping[str, Times]]) -> Table:
 
 
 def _by_variation(title: str, found: Mapping[str, Mapping[str, Times]], *, published: bool = True) -> Table:
-    table = _table(title, "constants", "decode", "prefill")
+    table = empty_table(title, "constants", "decode", "prefill")
     if published:
         table.add_row("published", *(f"{PUBLISHED[what]:.2f}" for what in ("decode", "prefill")))
     for name, one in found.items():
@@ -322,7 +316,7 @@ def _by_variation(title: str, found: Mapping[str, Mapping[str, Times]], *, publi
 
 def _by_part(constants: str, found: Mapping[str, Mapping[str, Times]]) -> Table:
     title = f"Ablation, Qwen2-57B-A14B at 25 %, {constants}"
-    table = _table(title, "added", "decode", "published", "prefill", "published")
+    table = empty_table(title, "added", "decode", "published", "prefill", "published")
     for name, one in found.items():
         cells = []
         for what in ("decode", "prefill"):
@@ -335,7 +329,7 @@ def _by_part(constants: str, found: Mapping[str, Mapping[str, Times]]) -> Table:
 def texts_table(found: Mapping[str, Mapping[str, list[float]]]) -> Table:
     """The uses that the fitted set covers, and the ratio, by texts and model."""
     title = "Decode at 25 %: uses that the set covers, and ratio"
-    table = _table(title, "judged, and fitted to", *MODELS)
+    table = empty_table(title, "judged, and fitted to", *MODELS)
     for name, by_model in found.items():
         cells = [by_model[model] for model in MODELS]
         table.add_row(name, *(f"{part:.2f}  {ratio:.2f}" for part, ratio in cells))
@@ -344,20 +338,11 @@ def texts_table(found: Mapping[str, Mapping[str, list[float]]]) -> Table:
 
 def _of_released(found: Mapping[str, float]) -> Table:
     title = "DeepSeek-V2-Lite at 25 %: decode tokens a second"
-    table = _table(title, "system", "here", "users measured", "ratio")
+    table = empty_table(title, "system", "here", "users measured", "ratio")
     for name, speed in found.items():
         measured_one = RELEASED_PUBLISHED.get(name)
         cells = ("-", "-") if measured_one is None else (f"{measured_one:.1f}", f"{speed / measured_one:.1f}")
         table.add_row(name, f"{speed:.1f}", *cells)
-    return table
-
-
-def _table(title: str, name: str, *figures: str) -> Table:
-    """An empty table: what each row is, and its figures."""
-    table = Table(title=title, box=None, pad_edge=False)
-    table.add_column(name)
-    for figure in figures:
-        table.add_column(figure, justify="right")
     return table
 
 

@@ -14,7 +14,6 @@ uneven.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.halves import covered, halves
-from benchmarks.pages import refresh
+from benchmarks.pages import publish
 from sim.presets import Preset, preset
 from sim.scenario import Scenario
 from sim.spec import catalogue
@@ -94,12 +93,7 @@ def main(
         "tokens_per_s": curves,
         "gains": gains,
     }
-    if out is not None:
-        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    printed = shown(json.loads(json.dumps(figures)))
-    if page is not None:
-        refresh(page, "residency", printed)
-    print(printed)
+    publish(figures, "residency", shown, out=out, page=page)
 
 
 def shown(figures: Mapping[str, Any]) -> str:
