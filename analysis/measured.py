@@ -227,7 +227,7 @@ class Twin:
 
     def _learned(self, info: RunInfo, folder: Path, judged: Workload) -> TraceCalibration:
         """What fitted policies learned from, over as many lanes as the run had."""
-        from sim.replay.calibration import TraceCalibration  # numba is imported with it
+        from sim.replay.calibration import TraceCalibration
 
         wanted = info.calibration_digest
         shipped = SHIPPED_TRACES.values() if wanted else ()

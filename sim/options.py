@@ -206,7 +206,7 @@ def calibration_of(name: str | None, judged: Trace | None, batch: int) -> TraceC
     """
     if name is None:
         return None
-    from sim.replay.calibration import TraceCalibration  # numba is imported with it
+    from sim.replay.calibration import TraceCalibration
 
     return TraceCalibration.of(read_trace(name, "calibration"), judged, batch)
 
